@@ -1,0 +1,250 @@
+"""Builds fuseblock: pure Python packages, the native library and, in the tree only, its introspection module.
+
+fuseblock/_C.abi3.so         CPU and CUDA kernels behind PyTorch's stable ABI: one binary for torch >= 2.11, any Python
+fuseblock/_introspect.*.so   pybind11, for `python setup.py build_ext --inplace` and editable installs
+fuseblock/_build.json        compilers, flags, and registers and spills of every CUDA kernel, or why there is no library
+
+Environment: FUSEBLOCK_BUILD_NATIVE and FUSEBLOCK_BUILD_CUDA (auto, 0 or 1; 1 turns "not found" into an error), CUDA_HOME,
+CXX and MAX_JOBS. Objects are kept under build/native and rebuilt when a source, a header or the command changes.
+"""
+
+import fcntl
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+OBJECTS = ROOT / "build" / "native"
+MINIMUM_TORCH = (2, 11)
+CXX_FLAGS = shlex.split("-std=c++20 -O3 -fno-math-errno -fno-trapping-math -fPIC -fvisibility=hidden -Wall")
+STABLE_ABI = ["-DPy_LIMITED_API=0x03090000", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+PTXAS_FLAGS = "-Xptxas=-v,--warn-on-spills,--warning-as-error"
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", PTXAS_FLAGS]
+ARCHITECTURES = ("80", "90a", "100")
+
+
+class Missing(Exception):
+    """A tool that the native build needs is absent."""
+
+
+def choice(name: str) -> str:
+    value = os.environ.get(name, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{name} must be auto, 0 or 1, got {value!r}")
+    return value
+
+
+def run(command: list[str]) -> str:
+    """Run a compiler; its standard output and error together, shown whole if it fails."""
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    output = done.stdout + done.stderr
+    if done.returncode:
+        raise SystemExit(
+            f"{shlex.join(command)}\n{output}\nfuseblock: this command failed ({done.returncode})"
+        )
+    return output
+
+
+def version_line(tool: str) -> str:
+    return next(line for line in run([tool, "--version"]).splitlines() if re.search(r"\d+\.\d+", line))
+
+
+def find_cxx() -> list[str]:
+    if not sys.platform.startswith("linux"):
+        raise Missing(f"the native library is built on Linux only, not on {sys.platform}")
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    for candidate in map(shlex.split, candidates):
+        if shutil.which(candidate[0]):
+            return candidate
+    raise Missing(f"no C++ compiler found (looked for {', '.join(candidates)})")
+
+
+def find_torch() -> Path:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise Missing("torch is not installed where the build runs (use pip install --no-build-isolation)")
+    version = importlib.metadata.version("torch")
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MINIMUM_TORCH:
+        raise Missing(f"torch {version} is older than {'.'.join(map(str, MINIMUM_TORCH))}")
+    return Path(spec.origin).parent
+
+
+def find_cuda() -> Path:
+    """The toolkit's folder. The nvcc on PATH may be a script that calls the real one, so nvcc itself is asked."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            if not Path(os.environ[name], "bin/nvcc").exists():
+                raise Missing(f"{name}={os.environ[name]} has no bin/nvcc")
+            return Path(os.environ[name])
+    if nvcc := shutil.which("nvcc"):
+        dryrun = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], check=False, capture_output=True, text=True)
+        if top := re.search(r"^#\$ TOP=(.*)$", dryrun.stderr + dryrun.stdout, re.MULTILINE):
+            return Path(top[1].strip()).resolve()
+    if Path("/usr/local/cuda/bin/nvcc").exists():
+        return Path("/usr/local/cuda")
+    raise Missing("nvcc not found: set CUDA_HOME or put nvcc on PATH")
+
+
+def cuda_link_flags(home: Path) -> list[str]:
+    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        if (home / folder / "libcudart_static.a").exists():
+            libraries = "-lcudart_static -Wl,--exclude-libs,ALL -ldl -lrt -lpthread"
+            return [f"-L{home / folder}", *shlex.split(libraries)]
+    raise Missing(f"no libcudart_static.a under {home}")
+
+
+def architecture_flags(nvcc: str) -> tuple[list[str], list[str]]:
+    """Machine code for every architecture that this nvcc knows, and PTX for what comes after the newest of them."""
+    known = set(run([nvcc, "--list-gpu-code"]).split())
+    names = [name for name in ARCHITECTURES if f"sm_{name.rstrip('a')}" in known]
+    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    return names, [*flags, "-gencode=arch=compute_{0},code=compute_{0}".format(names[-1].rstrip("a"))]
+
+
+def is_current(output: Path, command: str) -> bool:
+    """Whether output was made by this very command after the last change of all the files that it read."""
+    stamp, depfile = Path(f"{output}.cmd"), Path(f"{output}.d")
+    if not (output.exists() and stamp.exists() and depfile.exists()) or stamp.read_text() != command:
+        return False
+    made = output.stat().st_mtime_ns
+    inputs = depfile.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    return all(os.path.exists(path) and os.stat(path).st_mtime_ns <= made for path in inputs)
+
+
+def compile_one(command: list[str], source: Path, output: Path) -> str:
+    """Compile source to output if it is not current; the compiler's messages, remembered for an unchanged file."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    command = [*command, "-MD", "-MF", f"{output}.d", "-c", str(source), "-o", str(output)]
+    log = Path(f"{output}.log")
+    if not is_current(output, shlex.join(command)):
+        print(f"fuseblock: compiling {source.relative_to(ROOT)}", flush=True)
+        messages = run(command)
+        if messages.strip() and "ptxas info" not in messages:
+            print(messages, flush=True)
+        log.write_text(messages)
+        Path(f"{output}.cmd").write_text(shlex.join(command))
+    return log.read_text()
+
+
+def kernel_report(log: str) -> list[dict[str, object]]:
+    """What `ptxas -v` said about each kernel for each architecture."""
+    entry = re.compile(
+        r"Compiling entry function '(?P<kernel>\S+)' for 'sm_(?P<architecture>\w+)'.*?"
+        r"(?P<stack>\d+) bytes stack frame, (?P<spills>\d+) bytes spill stores.*?"
+        r"Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
+        re.DOTALL,
+    )
+    rows: list[dict[str, object]] = []
+    for match in entry.finditer(log):
+        numbers = {key: int(match[key] or 0) for key in ("registers", "shared", "stack", "spills")}
+        rows.append({"kernel": match["kernel"], "architecture": match["architecture"], **numbers})
+    if rows and shutil.which("c++filt"):
+        names = run(["c++filt", *(str(row["kernel"]) for row in rows)]).splitlines()
+        rows = [{**row, "kernel": name} for row, name in zip(rows, names, strict=True)]
+    return rows
+
+
+class BuildNative(build_ext):
+    """build_ext whose one extension is made here; the Extension object only tells setuptools that there is one."""
+
+    def run(self) -> None:
+        self.in_tree = bool(self.inplace or self.editable_mode)
+        self.folder = ROOT / "python/fuseblock" if self.in_tree else Path(self.build_lib) / "fuseblock"
+        self.report: dict[str, object] = dict.fromkeys(("native", "reason", "cuda", "cuda_reason", "kernels"))
+        for folder in (OBJECTS, self.folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with open(OBJECTS / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                if choice("FUSEBLOCK_BUILD_NATIVE") == "0":
+                    raise Missing("switched off by FUSEBLOCK_BUILD_NATIVE=0")
+                cxx, torch = find_cxx(), find_torch()
+            except Missing as missing:
+                if choice("FUSEBLOCK_BUILD_NATIVE") == "1":
+                    raise SystemExit(f"fuseblock: {missing}") from None
+                self.report["reason"] = str(missing)
+                self.warn(f"building without the native library: {missing}")
+            else:
+                self.build_native(cxx, torch)
+            (self.folder / "_build.json").write_text(json.dumps(self.report, indent=1) + "\n")
+
+    def build_native(self, cxx: list[str], torch: Path) -> None:
+        cuda_objects, cuda_define, cuda_link = self.compile_cuda()
+        common = [*cxx, *CXX_FLAGS, *cuda_define, f"-I{sysconfig.get_path('include')}", f"-I{ROOT / 'csrc'}"]
+        headers = [f"-isystem{torch / 'include'}", f"-isystem{torch / 'include/torch/csrc/api/include'}"]
+        command = [*common, *STABLE_ABI, *headers]
+        objects = self.compile_all(command, "csrc/cpu/*.cpp", "csrc/torch/*.cpp")[0]
+        libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        self.link(cxx, [*objects, *cuda_objects], [*libraries, *cuda_link], "_C.abi3.so")
+        self.report |= {"native": True, "compiler": version_line(cxx[0]), "flags": CXX_FLAGS + STABLE_ABI}
+        if self.in_tree and importlib.util.find_spec("pybind11") and (ROOT / "csrc/introspect.cpp").exists():
+            import pybind11
+
+            command = [*common, f"-isystem{pybind11.get_include()}"]
+            objects = self.compile_all(command, "csrc/introspect.cpp")[0]
+            module = f"_introspect{sysconfig.get_config_var('EXT_SUFFIX')}"
+            self.link(cxx, [*objects, *cuda_objects], cuda_link, module)
+
+    def compile_cuda(self) -> tuple[list[str], list[str], list[str]]:
+        """Objects of csrc/cuda, the flags that compile code against them, and the flags that link them."""
+        try:
+            if choice("FUSEBLOCK_BUILD_CUDA") == "0":
+                raise Missing("switched off by FUSEBLOCK_BUILD_CUDA=0")
+            link = cuda_link_flags(home := find_cuda())
+        except Missing as missing:
+            if choice("FUSEBLOCK_BUILD_CUDA") == "1":
+                raise SystemExit(f"fuseblock: {missing}") from None
+            self.report["cuda_reason"] = str(missing)
+            self.warn(f"building without CUDA kernels: {missing}")
+            return [], [], []
+        nvcc = str(home / "bin/nvcc")
+        names, architectures = architecture_flags(nvcc)
+        command = [nvcc, *NVCC_FLAGS, *architectures, f"-I{ROOT / 'csrc'}"]
+        objects, logs = self.compile_all(command, "csrc/cuda/*.cu")
+        self.report["cuda"] = {"compiler": version_line(nvcc), "flags": NVCC_FLAGS, "architectures": names}
+        self.report["kernels"] = [row for log in logs for row in kernel_report(log)]
+        return objects, ["-DWITH_CUDA", f"-isystem{home / 'include'}"], link
+
+    def compile_all(self, command: list[str], *patterns: str) -> tuple[list[str], list[str]]:
+        """Compile the files that match; their objects and the compiler's messages."""
+        sources = sorted(source for pattern in patterns for source in ROOT.glob(pattern))
+        outputs = [OBJECTS / f"{source.relative_to(ROOT)}.o" for source in sources]
+        jobs = int(os.environ.get("MAX_JOBS", "0")) or os.cpu_count() or 1
+        with ThreadPoolExecutor(jobs) as pool:
+            logs = list(
+                pool.map(lambda pair: compile_one(command, *pair), zip(sources, outputs, strict=True))
+            )
+        return [str(output) for output in outputs], logs
+
+    def link(self, cxx: list[str], objects: list[str], libraries: list[str], name: str) -> None:
+        target, stamp = self.folder / name, OBJECTS / f"{name}.link"
+        command = [*cxx, "-shared", *objects, *libraries, "-o", str(target)]
+        same = target.exists() and stamp.exists() and stamp.read_text() == shlex.join(command)
+        if same and all(os.stat(path).st_mtime_ns < target.stat().st_mtime_ns for path in objects):
+            return
+        # Linked beside and moved into place: a process that has the old library mapped keeps it intact.
+        run([*command[:-1], f"{target}.new"])
+        os.replace(f"{target}.new", target)
+        stamp.write_text(shlex.join(command))
+
+
+setup(
+    packages=[*find_packages(where="python"), "fuseblock.kernels"],
+    package_dir={"": "python", "fuseblock.kernels": "kernels"},
+    package_data={"fuseblock": ["py.typed"], "fuseblock.kernels": ["configs/*.json"]},
+    ext_modules=[Extension("fuseblock._C", sources=[], py_limited_api=True, optional=True)],
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp39"}},
+)
