@@ -1,0 +1,204 @@
+"""Problem sizes, inputs and error bounds for tests of anything that offers the recurrence's three ops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import plain_lstm
+
+
+@dataclass(frozen=True)
+class LstmCase:
+    """T steps, B rows, H units, D directions, P projected units (None: no projection), lengths (None: full)."""
+
+    n_steps: int
+    batch: int
+    hidden: int
+    directions: int
+    proj: int | None
+    lengths: tuple[int, ...] | None
+
+    def __str__(self) -> str:
+        ragged = "" if self.lengths is None else "-len" + "_".join(map(str, self.lengths))
+        proj = "" if self.proj is None else f"-P{self.proj}"
+        return f"T{self.n_steps}-B{self.batch}-H{self.hidden}-D{self.directions}{proj}{ragged}"
+
+    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(gx, h0, c0, w_hh, w_hr, lengths), the same values in every call but for rounding."""
+        d, p = self.directions, self.proj or self.hidden
+        scale = self.hidden**-0.5
+        gx = _normal(0, self.n_steps, self.batch, d * 4 * self.hidden)
+        h0, c0 = _normal(1, d, self.batch, p).tanh(), _normal(2, d, self.batch, self.hidden)
+        w_hh = _normal(3, d, 4 * self.hidden, p) * scale
+        w_hr = None if self.proj is None else (_normal(4, d, p, self.hidden) * scale).to(dtype)
+        lengths = None if self.lengths is None else torch.tensor(self.lengths)
+        return gx.to(dtype), h0.to(dtype), c0.to(state_dtype(dtype)), w_hh.to(dtype), w_hr, lengths
+
+    @property
+    def longest_sum(self) -> int:
+        """Additions behind one value, generously: every step's GEMM and its elementwise terms."""
+        return self.n_steps * (4 * self.hidden + 32)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Memory from torch.empty holds NaN meanwhile."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def error_ratio(got: Tensor, want: Tensor, stock: Tensor, longest_sum: int) -> float:
+    """The largest error over the allowed one: 1 is the limit.
+
+    Allowed are twice stock PyTorch's error in the same dtype and one unit in the last place of the largest value; in
+    float64, where `want` is itself rounded, `longest_sum` such units.
+    """
+    if want.numel() == 0:
+        return 0.0
+    largest = max(want.abs().max().item(), torch.finfo(got.dtype).tiny)
+    ulp = torch.finfo(got.dtype).eps * largest
+    error = (got.double() - want).abs().max().item()
+    if got.dtype == torch.float64:
+        return error / (longest_sum * ulp)
+    ratio = error / (2 * (stock.double() - want).abs().max().item() + ulp)
+    return ratio if ratio == ratio else float("inf")
+
+
+def assert_outputs(
+    names: str,
+    got: Sequence[Tensor],
+    want: Sequence[Tensor],
+    stock: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    longest_sum: int,
+) -> float:
+    """Check values, dtypes, shapes, contiguity and freshness of an op's outputs; returns the worst error ratio."""
+    worst = 0.0
+    assert len(got) == len(want) == len(stock) == len(dtypes)
+    used = [g.untyped_storage().data_ptr() for g in got if g.numel()]
+    assert len(set(used)) == len(used), "outputs share memory"
+    for name, g, w, s, dtype in zip(names.split(), got, want, stock, dtypes, strict=True):
+        assert g.dtype == dtype, f"{name}: {g.dtype}"
+        assert g.shape == w.shape, f"{name}: {tuple(g.shape)}, expected {tuple(w.shape)}"
+        assert g.is_contiguous(), f"{name} is not contiguous"
+        ratio = error_ratio(g, w, s, longest_sum)
+        assert ratio <= 1, f"{name}: error is {ratio:.3g} times the allowed one\n{g}\n{w.to(g.dtype)}"
+        worst = max(worst, ratio)
+    return worst
+
+
+def _cast(values: Sequence[Tensor | None], dtype: torch.dtype) -> list[Any]:
+    return [v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
+
+
+def check_forward(ops: Any, case: LstmCase, dtype: torch.dtype) -> float:
+    """Check ops.lstm_recurrence with and without saved state."""
+    *tensors, lengths = case.inputs(dtype)
+    want = plain_lstm.forward(*_cast(tensors, torch.float64), lengths)
+    stock = plain_lstm.forward(*_cast(tensors, dtype), lengths)
+    state = state_dtype(dtype)
+    dtypes = (dtype, dtype, state, dtype, state)
+    with poisoned_outputs():
+        got = ops.lstm_recurrence(*tensors, lengths, None, True)
+        short = ops.lstm_recurrence(*tensors, lengths, None, False)
+    worst = assert_outputs("y h_n c_n gates c", got, want, stock, dtypes, case.longest_sum)
+    assert [tuple(s.shape) for s in short[3:]] == [(0,), (0,)]
+    assert_outputs("y h_n c_n", short[:3], want[:3], stock[:3], dtypes[:3], case.longest_sum)
+    return worst
+
+
+def _backward_inputs(case: LstmCase, dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
+    """(cotangents of y, h_n, c_n, gates, c; gates, c, c0, w_hh, w_hr, lengths)."""
+    gx, h0, c0, w_hh, w_hr, lengths = case.inputs(dtype)
+    values = plain_lstm.forward(*_cast((gx, h0, c0, w_hh, w_hr), torch.float64), lengths)
+    state = state_dtype(dtype)
+    dtypes = (dtype, dtype, state, dtype, state)
+    cotangents = [_normal(10 + n, *v.shape).to(d) for n, (v, d) in enumerate(zip(values, dtypes, strict=True))]
+    return cotangents, [values[3].to(dtype), values[4].to(state), c0, w_hh, w_hr, lengths]
+
+
+def _only(values: list[Any], given: tuple[int, ...] | None, none: bool) -> list[Any]:
+    """The values whose place is in `given`; the others are None, or zeros for the plain formulas."""
+    if given is None:
+        return values
+    return [v if n in given else (None if none else torch.zeros_like(v)) for n, v in enumerate(values)]
+
+
+def check_backward(ops: Any, case: LstmCase, dtype: torch.dtype, given: tuple[int, ...] | None = None) -> float:
+    """Check ops.lstm_recurrence_bwd; only the cotangents whose place is in `given` are there."""
+    cotangents, saved = _backward_inputs(case, dtype)
+    zeros = _only(cotangents, given, none=False)
+    want = plain_lstm.backward(*_cast([*zeros, *saved], torch.float64))
+    stock = plain_lstm.backward(*_cast([*zeros, *saved], dtype))
+    if case.proj is None:
+        want, stock = (*want[:3], torch.empty(0)), (*stock[:3], torch.empty(0))
+    with poisoned_outputs():
+        got = ops.lstm_recurrence_bwd(*_only(cotangents, given, none=True), *saved, None)
+    dtypes = (dtype, dtype, state_dtype(dtype), dtype)
+    return assert_outputs("dgx dh0 dc0 dh", got, want, stock, dtypes, case.longest_sum)
+
+
+def check_second_order(
+    ops: Any,
+    case: LstmCase,
+    dtype: torch.dtype,
+    v_given: tuple[int, ...] | None = None,
+    d_given: tuple[int, ...] | None = None,
+) -> float:
+    """Check ops.lstm_recurrence_bwd_bwd against autograd of the plain backward."""
+    cotangents, saved = _backward_inputs(case, dtype)
+    zeros = _only(cotangents, d_given, none=False)
+    first = plain_lstm.backward(*_cast([*zeros, *saved], torch.float64))
+    kinds = (dtype, dtype, state_dtype(dtype), dtype)
+    v = [_normal(20 + n, *f.shape).to(d) for n, (f, d) in enumerate(zip(first, kinds, strict=True))]
+    if case.proj is None:
+        v[3] = torch.zeros_like(v[3])
+
+    def adjoints(precision: torch.dtype) -> list[Tensor]:
+        inputs = [x.detach().clone() if isinstance(x, Tensor) else x for x in _cast([*zeros, *saved], precision)]
+        for x in inputs:
+            if isinstance(x, Tensor) and x.is_floating_point():
+                x.requires_grad_()
+        outputs = plain_lstm.backward(*inputs)
+        wanted = [*inputs[:8], *([] if inputs[9] is None else [inputs[9]])]
+        grads = torch.autograd.grad(outputs, wanted, _cast(_only(v, v_given, none=False), precision), allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, wanted, strict=True)]
+
+    want, stock = adjoints(torch.float64), adjoints(dtype)
+    v_args = _only([*v[:3], v[3] if case.proj is not None else None], v_given, none=True)
+    dgx = first[0].to(dtype)
+    with poisoned_outputs():
+        *got, m_bar = ops.lstm_recurrence_bwd_bwd(*v_args, *_only(cotangents, d_given, none=True), *saved, None, dgx)
+    state = state_dtype(dtype)
+    dtypes = [dtype, dtype, state, dtype, state, dtype, state, state]
+    names = "a_dy a_dh_n a_dc_n a_d_gates a_d_c a_gates a_c a_c0"
+    if case.proj is None:
+        assert tuple(m_bar.shape) == (0,)
+    else:
+        # m_bar shows in the adjoint of the projection alone, which the caller forms from it.
+        d, p, h = case.directions, case.proj, case.hidden
+        dh = first[3].reshape(case.n_steps, case.batch, d, p)
+        assert m_bar.dtype == dtype
+        m = m_bar.double().reshape(case.n_steps, case.batch, d, h)
+        got.append(torch.einsum("tbdp,tbdh->dph", dh, m).to(dtype))
+        dtypes.append(dtype)
+        names += " a_w_hr"
+    return assert_outputs(names, got, want, stock, dtypes, case.longest_sum)
