@@ -1,0 +1,51 @@
+"""The engine of an LSTM layer: PyTorch's own or ours, chosen by what is asked and by the sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .aten import LayerWeights
+
+
+def why_not_aten(input: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None) -> str | None:
+    """None when PyTorch's own layer can do what is asked, else the reason why it cannot."""
+    if torch.compiler.is_compiling():
+        return "torch.compile and torch.export unroll PyTorch's layer"
+    if lengths is not None or batch_sizes is not None:
+        return "ragged batches"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms"
+    if input.device.type == "cuda" and input.shape[0] > 65_535:
+        return "cuDNN fails beyond 65,535 time steps"
+    return None
+
+
+def choose_engine(
+    input: Tensor,
+    weights: Sequence[LayerWeights],
+    directions: int,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> tuple[str, str]:
+    """(engine, reason): ``"aten"`` or ``"ours"`` for a stack of LSTM layers, arguments as in `functional.lstm`.
+
+    Raises:
+        BackendError: ``aten`` is forced and cannot do what is asked.
+    """
+    name = dispatch.forced()
+    if name not in ("auto", "aten"):
+        return "ours", f"backend {name!r} is forced"
+    reason = why_not_aten(input, lengths, batch_sizes)
+    if name == "aten":
+        if reason is not None:
+            raise dispatch.BackendError(f"no backend can run lstm (asked for aten): aten: {reason}")
+        return "aten", "backend 'aten' is forced"
+    if reason is not None:
+        return "ours", f"aten cannot: {reason}"
+    if input.device.type == "cuda":
+        return "aten", "PyTorch's own layer (cuDNN) unless something beyond it is asked"
+    return "ours", "not measured"

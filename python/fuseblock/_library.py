@@ -1,0 +1,150 @@
+"""One mechanism that turns a description of an operator into everything PyTorch needs to know about it.
+
+An operator of fuseblock is a schema, a function for real tensors, a fake, and a backward formula written in terms of
+other operators of the family. From these `DifferentiableOp` registers the dispatcher op (eager, ``torch.compile``,
+``torch.export``) and builds an `autograd.Function` over the same formula for ``torch.func`` transforms, which the
+registration of ``torch.library`` does not serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+NAMESPACE = "fuseblock"
+_LIB = torch.library.Library(NAMESPACE, "DEF")
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+Formula = Callable[..., Any]
+
+
+def forward_mode_active() -> bool:
+    """Whether a forward-mode level (``torch.func.jvp``, ``jacfwd``, ``dual_level``) is open."""
+    return forward_ad._current_level >= 0
+
+
+class DifferentiableOp:
+    """A dispatcher operator with derivatives and function transforms.
+
+    Args:
+        schema: the schema without namespace, e.g. ``"lstm_gates(Tensor gates, Tensor c) -> (Tensor, Tensor)"``.
+        impl: runs on real tensors, below autograd.
+        fake: shapes and dtypes for tracing.
+        setup_context: saves what ``backward`` needs; signature ``(ctx, inputs, output)``.
+        backward: the backward formula, made of differentiable operations only.
+        vmap: batching rule ``(info, in_dims, *args) -> (outputs, out_dims)``.
+        autocast: maps ``(dtype, args)`` to cast arguments, or None where autocast leaves the op alone.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        impl: Formula,
+        fake: Formula,
+        setup_context: Formula,
+        backward: Formula,
+        vmap: Formula,
+        autocast: Callable[[torch.dtype, Sequence[Any]], tuple[Any, ...]] | None = None,
+    ) -> None:
+        self.name = schema.split("(", 1)[0]
+        qualified = f"{NAMESPACE}::{self.name}"
+        _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIB.impl(self.name, impl, "CompositeExplicitAutograd")
+        torch.library.register_fake(qualified, fake, lib=_LIB)
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIB)
+        self.op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        self._autocast = autocast
+        if autocast is not None:
+            self._register_autocast()
+        self._function = self._build_function(setup_context, backward, vmap)
+
+    def __call__(self, *args: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            if torch._C._are_functorch_transforms_active():
+                return self._function.apply(*self._cast_for_autocast(args))
+            if forward_mode_active():
+                # register_autograd would drop the tangents without a word.
+                raise NotImplementedError(
+                    f"{NAMESPACE}::{self.name} has no forward-mode derivative; "
+                    "use fuseblock.backend('reference') or the automatic choice, which falls back to it"
+                )
+        return self.op(*args)
+
+    def _build_function(self, setup: Formula, backward_formula: Formula, vmap_rule: Formula) -> Any:
+        differentiable_op = self
+
+        class OverOp(torch.autograd.Function):
+            @staticmethod
+            def forward(*args: Any) -> Any:
+                return differentiable_op(*args)
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+                setup(ctx, inputs, output)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return backward_formula(ctx, *grads)
+
+            @staticmethod
+            def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+                return vmap_rule(info, in_dims, *args)
+
+        OverOp.__name__ = OverOp.__qualname__ = f"{self.name}_function"
+        return OverOp
+
+    def _cast_for_autocast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self._autocast is None:
+            return args
+        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+        if device in _AUTOCAST_KEYS and torch.is_autocast_enabled(device):
+            return self._autocast(torch.get_autocast_dtype(device), args)
+        return args
+
+    def _register_autocast(self) -> None:
+        for device, key_name in _AUTOCAST_KEYS.items():
+            keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key_name))
+
+            def cast_and_call(*args: Any, _device: str = device, _keys: Any = keyset) -> Any:
+                assert self._autocast is not None
+                with torch._C._ExcludeDispatchKeyGuard(_keys):
+                    return self.op(*self._autocast(torch.get_autocast_dtype(_device), args))
+
+            _LIB.impl(self.name, cast_and_call, key_name)
+
+
+def loop_vmap(op: Callable[..., Any]) -> Formula:
+    """A batching rule that runs ``op`` once per example and stacks: right for every argument, fast for none."""
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+        per_example = []
+        for n in range(info.batch_size):
+            picked = [a if d is None else a.select(d, n) for a, d in zip(args, in_dims, strict=True)]
+            per_example.append(op(*picked))
+        outputs = tuple(torch.stack(columns) for columns in zip(*per_example, strict=True))
+        return outputs, (0,) * len(outputs)
+
+    return rule
+
+
+def no_third_order(name: str) -> tuple[Formula, Formula]:
+    """(setup_context, backward) of an operator whose own derivative is not implemented."""
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        del ctx, inputs, output
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"{NAMESPACE}::{name} is a second derivative; third derivatives need fuseblock.backend('reference')"
+        )
+
+    return setup_context, backward
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of cell states and accumulation: float32 for the 16-bit types, else the type itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -1,0 +1,233 @@
+"""What users call: argument checks, shapes, and the choice of engine.
+
+An LSTM layer can be run by two engines: ``aten``, PyTorch's own layer (oneDNN on a CPU, cuDNN on a GPU), or ``ours``,
+an input projection by one GEMM followed by the operator ``lstm_recurrence``, whose backend is chosen by the operator.
+`choose_engine` takes the faster that can do what is asked; `fuseblock.explain` prints its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import dispatch, ops
+from ._engine import choose_engine
+from ._library import forward_mode_active, state_dtype
+from ._ragged import pack_rows, pad_rows, unpack_rows
+from .aten import LayerWeights, aten_lstm
+from .reference import lstm_gates_reference, lstm_recurrence_reference
+
+__all__ = ["lstm", "lstm_cell", "lstm_gates", "lstm_recurrence"]
+
+
+def _plain_pytorch() -> bool:
+    """Whether the reference equations run in place of the operators, so that PyTorch sees and differentiates them."""
+    name = dispatch.forced()
+    return name == "reference" or (
+        name == "auto" and not torch.compiler.is_compiling() and forward_mode_active()
+    )
+
+
+def lstm_gates(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate math of an LSTM cell.
+
+        i, f, g, o = gates.chunk(4, -1)
+        c_new = sigmoid(f) * c + sigmoid(i) * tanh(g)
+        h = sigmoid(o) * tanh(c_new)
+
+    Args:
+        gates: pre-activations (..., 4H), any of float64, float32, float16, bfloat16.
+        c: cell state (..., H), of the dtype of ``gates`` or float32.
+
+    Returns:
+        h (..., H) in the dtype of ``gates`` and c_new (..., H) in the dtype of ``c``. Differentiable twice.
+
+    Raises:
+        ValueError: shapes or devices do not fit. TypeError: dtypes do not fit.
+        fuseblock.BackendError: the forced backend cannot run these tensors.
+    """
+    if _plain_pytorch():
+        ops.check_lstm_gates(gates, c)
+        return lstm_gates_reference(gates, c)
+    return ops.lstm_gates(gates, c)
+
+
+def lstm_recurrence(
+    gx: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None = None,
+    lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One LSTM layer over a whole sequence, given its input projection.
+
+    For every direction d and step t, with gx_t = W_ih x_t + b_ih + b_hh:
+
+        i, f, g, o = gx_t + W_hh[d] h_{t-1}     c_t = sigmoid(f) * c_{t-1} + sigmoid(i) * tanh(g)
+        m_t = sigmoid(o) * tanh(c_t)            h_t = m_t, or W_hr[d] m_t with a projection
+
+    Args:
+        gx: (T, B, D*4H), or (N, D*4H) packed. Direction 1 runs from the end of every sequence to its beginning.
+        h0: (D, B, P) in the dtype of gx. c0: (D, B, H), float32 when gx is 16 bit, else in the dtype of gx.
+        w_hh: (D, 4H, P). w_hr: (D, P, H), or None and then P = H.
+        lengths: int64 (B,) on the device of gx; row b ends after lengths[b] steps. On a CPU values outside [0, T]
+            raise; on a GPU they are clamped (``FUSEBLOCK_CHECK_LENGTHS=1`` checks them at the price of a sync).
+        batch_sizes: int64 (T,) on the CPU, as in ``torch.nn.utils.rnn.PackedSequence``; excludes ``lengths``.
+
+    Returns:
+        y (T, B, D*P) or (N, D*P), zero beyond a row's end; h_n (D, B, P) and c_n (D, B, H) at every row's end.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, with its name, what was expected and what came.
+        fuseblock.BackendError: the forced backend cannot run these tensors.
+    """
+    tensors = (gx, h0, c0, w_hh, w_hr)
+    if _plain_pytorch():
+        ops.check_lstm_recurrence(*tensors, lengths, batch_sizes)
+        y, h_n, c_n, _, _ = lstm_recurrence_reference(*tensors, lengths, batch_sizes, False)
+        return y, h_n, c_n
+    save_state = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        save_state = True  # a wrapped tensor does not tell whether an outer transform will differentiate it
+    y, h_n, c_n, _, _ = ops.lstm_recurrence(*tensors, lengths, batch_sizes, save_state)
+    return y, h_n, c_n
+
+
+def lstm_cell(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One LSTM step: gates = W_ih x + b_ih + W_hh h + b_hh, then `lstm_gates`.
+
+    Args:
+        input: (B, I). h, c: (B, H). w_ih: (4H, I). w_hh: (4H, H). b_ih, b_hh: (4H,) or None.
+
+    Returns:
+        (h, c) of the next step, (B, H) each.
+    """
+    gates = F.linear(input, w_ih, b_ih) + F.linear(h, w_hh, b_hh)
+    return lstm_gates(gates, c)
+
+
+def lstm(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[LayerWeights],
+    *,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A stack of LSTM layers, the mathematics of ``torch.nn.LSTM``.
+
+    Args:
+        input: (T, B, I), or (N, I) packed with ``batch_sizes``.
+        h0: (L*D, B, P), c0: (L*D, B, H), or both None for zeros.
+        weights: per layer and direction (layer 0 forward, layer 0 reverse, ...) a tuple (w_ih (4H, I), w_hh (4H, P),
+            b_ih (4H,) or None, b_hh (4H,) or None, w_hr (P, H) or None).
+        bidirectional: whether a layer has two directions.
+        dropout: probability of zeroing an element of every layer's output but the last's, where ``training``.
+        lengths, batch_sizes: ragged batches, as in `lstm_recurrence`.
+
+    Returns:
+        output (T, B, D*P) or (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H), in the dtype of ``input`` (under autocast, in
+        the autocast dtype).
+    """
+    directions = 2 if bidirectional else 1
+    engine, _ = choose_engine(input, weights, directions, lengths, batch_sizes)
+    if engine == "aten":
+        return aten_lstm(input, h0, c0, weights, directions, dropout, training, _ours)
+    if lengths is not None and _can_pack(input, lengths):
+        ragged = pack_rows(input, lengths, h0, c0)
+        if ragged is not None:
+            output, h_n, c_n = _ours(
+                ragged.input,
+                ragged.h0,
+                ragged.c0,
+                weights,
+                directions,
+                dropout,
+                training,
+                None,
+                ragged.batch_sizes,
+            )
+            return unpack_rows(ragged, output, h_n, c_n)
+    if batch_sizes is not None and input.device.type != "cpu" and not _plain_pytorch():
+        padded, lengths, positions = pad_rows(input, batch_sizes)
+        output, h_n, c_n = _ours(padded, h0, c0, weights, directions, dropout, training, lengths)
+        return output.flatten(0, 1).index_select(0, positions), h_n, c_n
+    return _ours(input, h0, c0, weights, directions, dropout, training, lengths, batch_sizes)
+
+
+def _can_pack(input: Tensor, lengths: Tensor) -> bool:
+    """Whether dropping the rows beyond their ends is possible without a device sync or a data-dependent trace."""
+    return (
+        input.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and type(lengths) is Tensor
+        and type(input) is Tensor
+    )
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """(D, ...): a view where there is one direction."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _bias(w: LayerWeights) -> Tensor | None:
+    _, _, b_ih, b_hh, _ = w
+    if b_ih is None or b_hh is None:
+        return b_hh if b_ih is None else b_ih
+    return b_ih + b_hh
+
+
+def _ours(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[LayerWeights],
+    directions: int,
+    dropout: float,
+    training: bool,
+    lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The stack on `lstm_recurrence`, layer after layer."""
+    layers = len(weights) // directions
+    batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    hs, cs = [], []
+    y = input
+    for layer in range(layers):
+        own = weights[layer * directions : (layer + 1) * directions]
+        rows = slice(layer * directions, (layer + 1) * directions)
+        biases = [b for b in map(_bias, own) if b is not None]
+        gx = F.linear(y, _cat([w[0] for w in own]), _cat(biases) if biases else None)
+        w_hh = _stack([w[1] for w in own])
+        w_hr = None if own[0][4] is None else _stack([w[4] for w in own if w[4] is not None])
+        hidden, proj = w_hh.shape[1] // 4, w_hh.shape[2]
+        h = gx.new_zeros(directions, batch, proj) if h0 is None else h0[rows]
+        c = gx.new_zeros(directions, batch, hidden) if c0 is None else c0[rows]
+        y, h_n, c_n = lstm_recurrence(gx, h, c.to(state_dtype(c.dtype)), w_hh, w_hr, lengths, batch_sizes)
+        hs.append(h_n)
+        cs.append(c_n.to(y.dtype))
+        if dropout and training and layer < layers - 1:
+            y = F.dropout(y, dropout, training)
+    return y, _cat(hs), _cat(cs)

@@ -1,0 +1,17 @@
+"""The operators: one file holds one operator's whole contract."""
+
+from .lstm_gates import check as check_lstm_gates
+from .lstm_gates import lstm_gates, lstm_gates_bwd, lstm_gates_bwd_bwd
+from .lstm_recurrence import check as check_lstm_recurrence
+from .lstm_recurrence import lstm_recurrence, lstm_recurrence_bwd, lstm_recurrence_bwd_bwd
+
+__all__ = [
+    "check_lstm_gates",
+    "check_lstm_recurrence",
+    "lstm_gates",
+    "lstm_gates_bwd",
+    "lstm_gates_bwd_bwd",
+    "lstm_recurrence",
+    "lstm_recurrence_bwd",
+    "lstm_recurrence_bwd_bwd",
+]

@@ -1,0 +1,71 @@
+"""Weight gradients of the recurrence: GEMMs over all time steps at once, differentiable by PyTorch itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _outer_sum(left: Tensor, right: Tensor) -> Tensor:
+    """Sum over rows of outer(left, right): (M, N) from (..., M) and (..., N)."""
+    return left.reshape(-1, left.shape[-1]).t() @ right.reshape(-1, right.shape[-1])
+
+
+def recurrent_weight_grad(
+    directions: int,
+    delta: Tensor,
+    y: Tensor,
+    h0: Tensor | None,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> Tensor:
+    """d(w_hh) (D, 4H, P): the sum over steps of outer(delta_t, h_{t-1}).
+
+    Args:
+        directions: D.
+        delta: gradients of the pre-activations, (T, B, D*4H), or (N, D*4H) when packed.
+        y: hidden states, (T, B, D*P) or (N, D*P), zero at inactive steps.
+        h0: initial hidden states (D, B, P); None means zero.
+        lengths, batch_sizes: as in ``lstm_recurrence``.
+    """
+    pairs = _padded_pairs if batch_sizes is None else _packed_pairs
+    grads = []
+    columns = zip(delta.chunk(directions, -1), y.chunk(directions, -1), strict=True)
+    for d, (delta_d, y_d) in enumerate(columns):
+        later, before, first = pairs(delta_d, y_d, d == 1, lengths if batch_sizes is None else batch_sizes)
+        grad = _outer_sum(later, before)
+        grads.append(grad if h0 is None else grad + _outer_sum(first, h0[d]))
+    return torch.stack(grads)
+
+
+def _padded_pairs(
+    delta: Tensor, y: Tensor, reverse: bool, lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(delta of the later steps, h that each of them read, delta (B, 4H) of the steps that read h0)."""
+    if not reverse:
+        return delta[1:], y[:-1], delta[0]
+    if lengths is None:
+        return delta[:-1], y[1:], delta[-1]
+    # A row's first step is its last time step; the pair made of it and the zero beyond its end adds nothing.
+    last = (lengths.clamp(1, delta.shape[0]) - 1).view(1, -1, 1).expand(1, -1, delta.shape[-1])
+    return delta[:-1], y[1:], delta.gather(0, last)[0]
+
+
+def _packed_pairs(
+    delta: Tensor, y: Tensor, reverse: bool, batch_sizes: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch = int(batch_sizes[0])
+    rows = delta.shape[0]
+    # The row of the same sequence one time step earlier, for every row but those of step 0.
+    earlier = torch.arange(batch, rows) - batch_sizes[:-1].repeat_interleave(batch_sizes[1:])
+    if not reverse:
+        return delta[batch:], y.index_select(0, earlier), delta[:batch]
+    steps = (batch_sizes.unsqueeze(1) > torch.arange(batch)).sum(0)
+    last = (batch_sizes.cumsum(0) - batch_sizes).index_select(0, steps - 1) + torch.arange(batch)
+    return delta.index_select(0, earlier), y[batch:], delta.index_select(0, last)
+
+
+def projection_weight_grad(directions: int, dh: Tensor, m: Tensor) -> Tensor:
+    """d(w_hr) (D, P, H): the sum over steps of outer(dh_t, m_t), from (..., D*P) and (..., D*H)."""
+    columns = zip(dh.chunk(directions, -1), m.chunk(directions, -1), strict=True)
+    return torch.stack([_outer_sum(dh_d, m_d) for dh_d, m_d in columns])

@@ -1,0 +1,17 @@
+"""The equations in plain PyTorch: the oracle of the tests and the last fallback of every operator."""
+
+from .lstm_gates import lstm_gates_bwd_bwd_reference, lstm_gates_bwd_reference, lstm_gates_reference
+from .lstm_recurrence import (
+    lstm_recurrence_bwd_bwd_reference,
+    lstm_recurrence_bwd_reference,
+    lstm_recurrence_reference,
+)
+
+__all__ = [
+    "lstm_gates_bwd_bwd_reference",
+    "lstm_gates_bwd_reference",
+    "lstm_gates_reference",
+    "lstm_recurrence_bwd_bwd_reference",
+    "lstm_recurrence_bwd_reference",
+    "lstm_recurrence_reference",
+]
