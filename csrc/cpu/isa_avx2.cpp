@@ -1,0 +1,28 @@
+// The CPU kernels for x86-64-v3. Headers of the standard library and of the compiler stay outside of the target region.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstdint>
+
+#define FB_ISA avx2
+#define FB_VEC_BYTES 32
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("arch=x86-64-v3"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+#endif
+
+#include "isa_kernels.h"
+
+namespace fuseblock::cpu {
+extern const KernelTable kernels_avx2;
+constexpr KernelTable kernels_avx2 = FB_ISA::make_table("avx2");
+}  // namespace fuseblock::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

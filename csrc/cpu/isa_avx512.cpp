@@ -1,0 +1,28 @@
+// The CPU kernels for x86-64-v4. Headers of the standard library and of the compiler stay outside of the target region.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstdint>
+
+#define FB_ISA avx512
+#define FB_VEC_BYTES 64
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("arch=x86-64-v4"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+#endif
+
+#include "isa_kernels.h"
+
+namespace fuseblock::cpu {
+extern const KernelTable kernels_avx512;
+constexpr KernelTable kernels_avx512 = FB_ISA::make_table("avx512");
+}  // namespace fuseblock::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

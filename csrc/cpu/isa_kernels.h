@@ -1,0 +1,49 @@
+// The kernel table of one instruction set; see kernel_table.h.
+#pragma once
+
+#include "kernel_table.h"
+#include "recurrence_bwd.h"
+#include "recurrence_bwd_bwd.h"
+#include "recurrence_fwd.h"
+
+namespace fuseblock::FB_ISA {
+
+// Calls f with a value of the storage type.
+template <class F>
+FB_INLINE void for_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32: return f(float{});
+    case DType::f64: return f(double{});
+    case DType::f16: return f(Half{});
+    case DType::bf16: return f(BFloat16{});
+  }
+}
+
+inline void gates_fwd_any(const cpu::GatesFwd& a, int64_t begin, int64_t end) {
+  for_gates_types(a.shape, [&](auto kernels) { kernels.fwd(a, begin, end); });
+}
+inline void gates_bwd_any(const cpu::GatesBwdArgs& a, int64_t begin, int64_t end) {
+  for_gates_types(a.shape, [&](auto kernels) { kernels.bwd(a, begin, end); });
+}
+inline void gates_bwd_bwd_any(const cpu::GatesBwdBwdArgs& a, int64_t begin, int64_t end) {
+  for_gates_types(a.shape, [&](auto kernels) { kernels.bwd_bwd(a, begin, end); });
+}
+inline void pack_any(const PackedMatrix& m, DType dtype, int64_t begin, int64_t end) {
+  for_dtype(dtype, [&](auto s) { pack<decltype(s)>(m, begin, end); });
+}
+inline void recurrence_fwd_any(const cpu::RecurrenceFwd& a, const Part& part) {
+  for_dtype(a.layout.dtype, [&](auto s) { recurrence_fwd<decltype(s)>(a, part); });
+}
+inline void recurrence_bwd_any(const cpu::RecurrenceBwd& a, const Part& part) {
+  for_dtype(a.layout.dtype, [&](auto s) { recurrence_bwd<decltype(s)>(a, part); });
+}
+inline void recurrence_bwd_bwd_any(const cpu::RecurrenceBwdBwd& a, const Part& part) {
+  for_dtype(a.layout.dtype, [&](auto s) { recurrence_bwd_bwd<decltype(s)>(a, part); });
+}
+
+constexpr cpu::KernelTable make_table(const char* isa) {
+  return {isa,      FB_VEC_BYTES,       gates_fwd_any,      gates_bwd_any,         gates_bwd_bwd_any,
+          pack_any, recurrence_fwd_any, recurrence_bwd_any, recurrence_bwd_bwd_any};
+}
+
+}  // namespace fuseblock::FB_ISA

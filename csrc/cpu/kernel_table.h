@@ -1,0 +1,28 @@
+// What an instruction set offers: one table of kernels per set, filled in isa_*.cpp and chosen at run time.
+#pragma once
+
+#include "lstm_gates.h"
+#include "lstm_recurrence.h"
+
+namespace fuseblock::cpu {
+
+struct KernelTable {
+  const char* isa;
+  int vector_bytes;
+  // Rows [begin, end).
+  void (*gates_fwd)(const GatesFwd&, int64_t begin, int64_t end);
+  void (*gates_bwd)(const GatesBwdArgs&, int64_t begin, int64_t end);
+  void (*gates_bwd_bwd)(const GatesBwdBwdArgs&, int64_t begin, int64_t end);
+
+  // Blocks [begin, end) of a packed matrix, and what one thread computes of a sweep.
+  void (*pack)(const PackedMatrix&, DType, int64_t begin, int64_t end);
+  void (*recurrence_fwd)(const RecurrenceFwd&, const Part&);
+  void (*recurrence_bwd)(const RecurrenceBwd&, const Part&);
+  void (*recurrence_bwd_bwd)(const RecurrenceBwdBwd&, const Part&);
+};
+
+// The best set that this machine has, or the one that FUSEBLOCK_CPU_ISA (baseline|avx2|avx512) names; null if that
+// name is unknown or the machine lacks it.
+const KernelTable* kernel_table();
+
+}  // namespace fuseblock::cpu

@@ -1,0 +1,165 @@
+// What the three sweeps of the recurrence share: addresses of rows, the walk over the steps, and a thread's share of
+// the output blocks. See lstm_recurrence.h for the layout of rows.
+#pragma once
+
+#include "gates_kernels.h"
+#include "lstm_recurrence.h"
+#include "tile_gemm.h"
+
+namespace fuseblock::FB_ISA {
+
+using cpu::Layout;
+using cpu::PackedMatrix;
+using cpu::Part;
+using cpu::Series;
+
+// One step of a sweep. Rows are numbered within the part: [0, active) run, of which [joined, active) run for the first
+// time and [leaving, active) for the last.
+struct Step {
+  int64_t t, previous;  // time of this step and of the one processed before it in *forward* order (-1 or T: none)
+  int64_t active, joined, leaving;
+  int64_t carried;      // rows below it find their previous cell state at `previous`, the others in c0
+  int64_t read, write;  // halves of the double-buffered carry
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+inline int64_t first_vector(const PackedMatrix& m, int64_t block) { return m.vectors * block / m.blocks; }
+inline Range share(int64_t n, int64_t member, int64_t members) {
+  return {n * member / members, n * (member + 1) / members};
+}
+
+template <class S>
+struct Sweep {
+  using C = Compute<S>;
+  using V = Vec<C>;
+  const Layout& layout;
+  const Part& part;
+  int64_t rows;
+
+  Sweep(const Layout& l, const Part& p) : layout(l), part(p), rows(p.k1 - p.k0) {}
+
+  FB_INLINE int64_t place(int64_t k) const { return layout.order ? layout.order[part.k0 + k] : part.k0 + k; }
+
+  int64_t active_at(int64_t t) const {
+    const int64_t n = (layout.active ? layout.active[t] : layout.B) - part.k0;
+    return n < 0 ? 0 : n > rows ? rows : n;
+  }
+
+  // Element (t, row k, j) of a series whose rows hold `width` elements per direction; null if the series is absent.
+  template <class E>
+  FB_INLINE E* at(const Series& s, int64_t t, int64_t k, int64_t width, int64_t j) const {
+    if (!s.data) return nullptr;
+    const int64_t time = layout.start ? layout.start[t] * s.row : t * s.time;
+    return static_cast<E*>(s.data) + time + place(k) * s.row + part.direction * width + j;
+  }
+
+  // Element (direction, row k, j) of a (D, B, width) state; null if absent.
+  template <class E>
+  FB_INLINE E* state(const void* p, int64_t k, int64_t width, int64_t j) const {
+    if (!p) return nullptr;
+    return static_cast<E*>(const_cast<void*>(p)) + (part.direction * layout.B + place(k)) * width + j;
+  }
+
+  void wait() const {
+    if (part.members > 1) cpu::barrier_wait(part.barrier);
+  }
+
+  Range blocks(const PackedMatrix& m) const { return share(m.blocks, part.member, part.members); }
+  // The outputs (units) that this thread's blocks hold.
+  Range outputs(const PackedMatrix& m) const {
+    const Range b = blocks(m);
+    const int64_t lanes = V::size, end = first_vector(m, b.end) * lanes;
+    return {first_vector(m, b.begin) * lanes, end < m.outputs ? end : m.outputs};
+  }
+
+  // Calls f(step) for every time step; `forward` means the direction's own order, else its reverse.
+  template <class F>
+  FB_INLINE void steps(bool forward, F&& f) const {
+    const bool ascending = forward == (part.direction == 0);
+    const int64_t T = layout.T, back = part.direction == 0 ? -1 : 1;
+    int64_t before = 0;
+    for (int64_t s = 0; s < T; ++s) {
+      const int64_t t = ascending ? s : T - 1 - s, active = active_at(t);
+      const int64_t after = s + 1 < T ? active_at(ascending ? t + 1 : t - 1) : 0;
+      const int64_t previous = t + back, joined = before < active ? before : active;
+      const int64_t carried = previous < 0 || previous >= T ? 0 : layout.start ? active_at(previous) : rows;
+      f(Step{t, previous, active, joined, after < active ? after : active, carried, s & 1, 1 - (s & 1)});
+      before = active;
+    }
+  }
+
+  // Rows [begin, end) of x times this thread's blocks of m; f(tile, vecs, row, lanes-unit u of the block, rows).
+  template <class F>
+  FB_INLINE void multiply(const PackedMatrix& m, const C* x, int64_t K, int64_t begin, int64_t end, F&& f) const {
+    const Range mine = blocks(m);
+    for (int64_t b = mine.begin; b < mine.end; ++b) {
+      const int64_t vector = first_vector(m, b);
+      const int vecs = m.gates ? 4 : (int)(first_vector(m, b + 1) - vector);
+      const C* w = static_cast<const C*>(m.packed) + vector * (m.gates ? 4 : 1) * m.K * V::size;
+      for_tiles<C>(w, vecs, K, x, m.K, begin, end, [&](const C* tile, int64_t row, int n) __attribute__((always_inline)) {
+        f(tile, vecs, row, vector * V::size, n);
+      });
+    }
+  }
+
+  // The same for a flat matrix, vector by vector: f(sum, row, unit, lanes).
+  template <class F>
+  FB_INLINE void multiply_flat(const PackedMatrix& m, const C* x, int64_t K, int64_t begin, int64_t end, F&& f) const {
+    multiply(m, x, K, begin, end,
+             [&](const C* tile, int vecs, int64_t row, int64_t u0, int n) __attribute__((always_inline)) {
+      for (int r = 0; r < n; ++r)
+        for (int v = 0; v < vecs; ++v) {
+          const V sum = load<C>(tile + (r * vecs + v) * V::size, Full{});
+          const int64_t u = u0 + v * V::size;
+          with_lanes<C>(u, m.outputs, [&](auto lanes) __attribute__((always_inline)) { f(sum, row + r, u, lanes); });
+        }
+    });
+  }
+
+  // The cell state that a row's step started from.
+  FB_INLINE const C* previous_c(const Series& c, const void* c0, const Step& step, int64_t k, int64_t u) const {
+    return k < step.carried ? at<const C>(c, step.previous, k, layout.H, u) : state<const C>(c0, k, layout.H, u);
+  }
+
+  // Padded sequences have storage behind the end of a row.
+  bool has_inactive_rows() const { return layout.active && !layout.start; }
+
+  // Element-wise copy of a state row, converting between storage and state type; absent sources are zeros.
+  template <class To, class From>
+  static void copy(To* to, const From* from, int64_t n) {
+    for (int64_t u = 0; u < n; u += V::size)
+      with_lanes<C>(u, n, [&](auto lanes) __attribute__((always_inline)) {
+        store(to + u, load_or_zero<C>(from ? from + u : nullptr, lanes), lanes);
+      });
+  }
+
+  // Zeros in units [r.begin, r.end) of a row; `gates` of them follow one another at distance H.
+  template <class E>
+  static void clear(E* row, Range r, int64_t gates = 1, int64_t H = 0) {
+    if (row)
+      for (int64_t g = 0; g < gates; ++g) __builtin_memset(row + g * H + r.begin, 0, (r.end - r.begin) * sizeof(E));
+  }
+};
+
+// Blocks [begin, end) of a matrix into the layout of tile_gemm.h.
+template <class S>
+void pack(const PackedMatrix& m, int64_t begin, int64_t end) {
+  using C = Compute<S>;
+  constexpr int64_t lanes = Vec<C>::size;
+  const S* source = static_cast<const S*>(m.source);
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t first = first_vector(m, b), vecs = m.gates ? 4 : first_vector(m, b + 1) - first;
+    C* block = static_cast<C*>(m.packed) + first * (m.gates ? 4 : 1) * m.K * lanes;
+    for (int64_t v = 0; v < vecs; ++v) {
+      const int64_t unit = (m.gates ? first : first + v) * lanes, left = m.outputs - unit;
+      const int64_t row = m.gates ? v * m.outputs + unit : unit;
+      pack_vector<S>(block + v * lanes, vecs * lanes, source + row * m.output_stride, m.output_stride, m.k_stride,
+                     (int)(left < lanes ? left : lanes), m.K);
+    }
+  }
+}
+
+}  // namespace fuseblock::FB_ISA

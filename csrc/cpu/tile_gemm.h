@@ -1,0 +1,174 @@
+// The matrix products of the recurrence: a few rows times one block of packed weights, into a tile in L1.
+//
+//   tile[r][v] = sum_k x[r][k] * w[k][v]        r < R rows, v < NV vectors of outputs, k < K
+//
+// R * NV accumulators stay in registers for the whole sum. Packed weights are zero-padded to whole vectors and lie as
+// [block][k][NV][lanes], so that a block streams in order of use and stays in L2 while the rows pass.
+//   gates layout: NV = 4, the four gates of the same units (rows g*H + u of a (4H, K) matrix);
+//   flat layout:  NV <= 4 consecutive vectors of outputs, blocks of nearly equal size.
+#pragma once
+
+#include "simd.h"
+
+namespace fuseblock::FB_ISA {
+
+#if FB_VEC_BYTES == 64
+constexpr int kTileRows = 6;  // 24 accumulators, 4 weights and a broadcast in 32 registers
+#elif FB_VEC_BYTES == 32
+constexpr int kTileRows = 3;  // 12 accumulators in 16 registers
+#else
+constexpr int kTileRows = 2;
+#endif
+constexpr int kTileVecs = 4;
+
+// Few accumulators do not hide the latency of a multiply-add, so K is then split over several sets of them.
+constexpr int tile_sets(int accumulators) { return accumulators >= 8 ? 1 : accumulators >= 4 ? 2 : 4; }
+
+template <class C, int R, int NV>
+__attribute__((noinline)) void tile_gemm(int64_t K, const C* __restrict w, const C* __restrict x, int64_t ldx,
+                                         C* __restrict tile) {
+  using V = Vec<C>;
+  constexpr int sets = tile_sets(R * NV);
+  V acc[sets][R][NV];
+#pragma GCC unroll 4
+  for (int s = 0; s < sets; ++s)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[s][r][v] = V(C(0));
+
+  auto multiply = [&](int64_t k, V(&a)[R][NV]) __attribute__((always_inline)) {
+    V wk[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) wk[v] = load<C>(w + (k * NV + v) * V::size, Full{});
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const V xr(x[r * ldx + k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) a[r][v] = a[r][v] + xr * wk[v];
+    }
+  };
+  int64_t k = 0;
+  for (; k + sets <= K; k += sets) {
+#pragma GCC unroll 4
+    for (int s = 0; s < sets; ++s) multiply(k + s, acc[s]);
+  }
+  if constexpr (sets > 1)
+    for (; k < K; ++k) multiply(k, acc[0]);
+
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      V sum = acc[0][r][v];
+#pragma GCC unroll 4
+      for (int s = 1; s < sets; ++s) sum = sum + acc[s][r][v];
+      store(tile + (r * NV + v) * V::size, sum, Full{});
+    }
+}
+
+template <class C>
+using TileFn = void (*)(int64_t K, const C* w, const C* x, int64_t ldx, C* tile);
+
+template <class C, int NV>
+FB_INLINE TileFn<C> tile_fn_rows(int rows) {
+  switch (rows) {
+    case 1: return tile_gemm<C, 1, NV>;
+    case 2: return tile_gemm<C, 2, NV>;
+#if FB_VEC_BYTES >= 32
+    case 3: return tile_gemm<C, 3, NV>;
+#endif
+#if FB_VEC_BYTES >= 64
+    case 4: return tile_gemm<C, 4, NV>;
+    case 5: return tile_gemm<C, 5, NV>;
+    case 6: return tile_gemm<C, 6, NV>;
+#endif
+    default: return nullptr;
+  }
+}
+
+template <class C>
+inline TileFn<C> tile_fn(int rows, int vecs) {
+  switch (vecs) {
+    case 1: return tile_fn_rows<C, 1>(rows);
+    case 2: return tile_fn_rows<C, 2>(rows);
+    case 3: return tile_fn_rows<C, 3>(rows);
+    default: return tile_fn_rows<C, 4>(rows);
+  }
+}
+
+// Rows [begin, end) of x (row stride ldx) times one block of weights; f(tile, row, rows) consumes each tile.
+template <class C, class F>
+FB_INLINE void for_tiles(const C* w, int vecs, int64_t K, const C* x, int64_t ldx, int64_t begin, int64_t end, F&& f) {
+  const int64_t n = end - begin, parts = (n + kTileRows - 1) / kTileRows;
+  alignas(FB_VEC_BYTES) C tile[kTileRows * kTileVecs * Vec<C>::size];
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t row = begin + n * part / parts;
+    const int rows = (int)(begin + n * (part + 1) / parts - row);
+    tile_fn<C>(rows, vecs)(K, w, x + row * ldx, ldx, tile);
+    f((const C*)tile, row, rows);
+  }
+}
+
+// ---- packing ----------------------------------------------------------------------------------------------------
+
+template <class C>
+FB_INLINE void transpose_square(Vec<C> (&m)[Vec<C>::size]) {
+  using V = Vec<C>;
+  constexpr int n = V::size;
+#if defined(__GNUC__) && !defined(__clang__)
+  // Interleaving the first half of the vectors with the second, log2(n) times, transposes.
+  typename V::Bits low, high;
+#pragma GCC unroll 16
+  for (int j = 0; j < n; ++j) {
+    low[j] = j / 2 + (j % 2) * n;
+    high[j] = low[j] + n / 2;
+  }
+#pragma GCC unroll 4
+  for (int round = 1; round < n; round *= 2) {
+    V t[n];
+#pragma GCC unroll 16
+    for (int j = 0; j < n / 2; ++j) {
+      t[2 * j] = V(__builtin_shuffle(m[j].raw, m[j + n / 2].raw, low));
+      t[2 * j + 1] = V(__builtin_shuffle(m[j].raw, m[j + n / 2].raw, high));
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < n; ++j) m[j] = t[j];
+  }
+#else
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < i; ++j) {
+      const C swapped = m[i].raw[j];
+      m[i].raw[j] = m[j].raw[i];
+      m[j].raw[i] = swapped;
+    }
+#endif
+}
+
+// One vector of outputs: dst[k * dst_stride + lane] = src[lane * lane_stride + k * k_stride], zero from `lanes` on.
+// One of the two source strides is 1.
+template <class S>
+void pack_vector(Compute<S>* dst, int64_t dst_stride, const S* src, int64_t lane_stride, int64_t k_stride, int lanes,
+                 int64_t K) {
+  using C = Compute<S>;
+  using V = Vec<C>;
+  if (lane_stride == 1) {
+    with_lanes<C>(0, lanes, [&](auto mask) __attribute__((always_inline)) {
+      for (int64_t k = 0; k < K; ++k) store(dst + k * dst_stride, load<C>(src + k * k_stride, mask), Full{});
+    });
+    return;
+  }
+  for (int64_t k = 0; k < K; k += V::size) {
+    V square[V::size];
+    with_lanes<C>(k, K, [&](auto mask) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+      for (int lane = 0; lane < V::size; ++lane)
+        square[lane] = lane < lanes ? load<C>(src + lane * lane_stride + k, mask) : V(C(0));
+    });
+    transpose_square<C>(square);
+    const int rows = (int)(K - k < V::size ? K - k : V::size);
+    for (int j = 0; j < rows; ++j) store(dst + (k + j) * dst_stride, square[j], Full{});
+  }
+}
+
+}  // namespace fuseblock::FB_ISA

@@ -1,0 +1,29 @@
+// The Python module fuseblock._C and the schemas of its CPU operators; importing the module registers everything.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fuseblock_cpu, m) {
+  m.def("lstm_gates(Tensor gates, Tensor c) -> (Tensor h, Tensor c_new)");
+  m.def("lstm_gates_bwd(Tensor? dh, Tensor? dc_new, Tensor gates, Tensor c) -> (Tensor dgates, Tensor dc)");
+  m.def(
+      "lstm_gates_bwd_bwd(Tensor? v_dgates, Tensor? v_dc, Tensor? dh, Tensor? dc_new, Tensor gates, Tensor c)"
+      " -> (Tensor a_dh, Tensor a_dc_new, Tensor a_gates, Tensor a_c)");
+  m.def(
+      "lstm_recurrence(Tensor gx, Tensor h0, Tensor c0, Tensor w_hh, Tensor? w_hr, Tensor? lengths,"
+      " Tensor? batch_sizes, bool save_state) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)");
+  m.def(
+      "lstm_recurrence_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? d_gates, Tensor? d_c, Tensor gates,"
+      " Tensor c, Tensor c0, Tensor w_hh, Tensor? w_hr, Tensor? lengths, Tensor? batch_sizes)"
+      " -> (Tensor dgx, Tensor dh0, Tensor dc0, Tensor dh)");
+  m.def(
+      "lstm_recurrence_bwd_bwd(Tensor? v_dgx, Tensor? v_dh0, Tensor? v_dc0, Tensor? v_dh, Tensor? dy, Tensor? dh_n,"
+      " Tensor? dc_n, Tensor? d_gates, Tensor? d_c, Tensor gates, Tensor c, Tensor c0, Tensor w_hh, Tensor? w_hr,"
+      " Tensor? lengths, Tensor? batch_sizes, Tensor dgx)"
+      " -> (Tensor a_dy, Tensor a_dh_n, Tensor a_dc_n, Tensor a_d_gates, Tensor a_d_c, Tensor a_gates, Tensor a_c,"
+      " Tensor a_c0, Tensor m_bar)");
+}
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
+                                        nullptr};
+
+PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&definition); }
