@@ -131,11 +131,6 @@ def why_not(gx_or_gates: Tensor, batch_sizes: Tensor | None) -> str | None:
     return None
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of c and of its gradients for inputs of `dtype`."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
 def _check(gx_or_gates: Tensor, batch_sizes: Tensor | None) -> None:
     reason = why_not(gx_or_gates, batch_sizes)
     if reason is not None:
@@ -337,7 +332,7 @@ def lstm_recurrence_bwd_bwd(
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
-    """x with a contiguous last dimension; a cotangent may be an expanded scalar."""
+    """X with a contiguous last dimension; a cotangent may be an expanded scalar."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -359,7 +354,7 @@ def _project_gradient(carry: Tensor, dy: Tensor | None, active: Tensor | None, d
 def _project_adjoint(
     m_bar: Tensor, w_hr: Tensor, v_dh: Tensor | None, active: Tensor | None, a_dy_out: Tensor, state: Tensor
 ) -> None:
-    """hbar = W_hr m_bar + v_dh, written to a_dy_out (0 in inactive rows) and to the active rows of state."""
+    """Hbar = W_hr m_bar + v_dh, written to a_dy_out (0 in inactive rows) and to the active rows of state."""
     if v_dh is None:
         torch.mm(m_bar, w_hr.t(), out=a_dy_out)
     else:

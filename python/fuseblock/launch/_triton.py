@@ -1,0 +1,71 @@
+"""What the Triton launchers share: availability, alignment, block sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fuseblock.kernels import lstm_gates as _kernels
+from torch import Tensor
+
+#: Whether kernels were decorated under TRITON_INTERPRET=1, which runs them on the CPU, for tests.
+INTERPRETED = not isinstance(_kernels.lstm_gates_fwd_kernel, triton.runtime.JITFunction)
+
+#: Device types whose tensors the launchers take.
+DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
+
+_MATH_DTYPE: dict[torch.dtype, Any] = {
+    torch.float16: tl.float32,
+    torch.bfloat16: tl.float32,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def math_dtype(x: Tensor) -> Any:
+    """The Triton dtype of the mathematics on x."""
+    return _MATH_DTYPE[x.dtype]
+
+
+@cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def why_not(x: Tensor) -> str | None:
+    """The reason why no Triton kernel can run tensors like x, or None."""
+    if x.dtype not in _MATH_DTYPE:
+        return f"dtype {x.dtype} is not one of float64, float32, float16, bfloat16"
+    if INTERPRETED:
+        return None
+    if x.device.type != "cuda":
+        return f"tensors are on {x.device}, and Triton's interpreter is off (TRITON_INTERPRET=1 at import turns it on)"
+    capability = _capability(x.device.index)
+    if capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+def aligned(hidden: int, tensors: Iterable[Tensor | None]) -> bool:
+    """Whether every run of H units along the last dimension of every tensor starts at a multiple of 16 bytes."""
+    return hidden % 16 == 0 and all(x is None or _aligned(x) for x in tensors)
+
+
+def _aligned(x: Tensor) -> bool:
+    size = x.element_size()
+    return x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in x.stride()[:-1])
+
+
+def step_blocks(rows: int, hidden: int) -> tuple[int, int]:
+    """(BLOCK_R, BLOCK_H) of the step kernels: tiles of 512 units for 128 threads.
+
+    One program covers everything in the interpreter, whose time is that of the number of programs.
+    """
+    if INTERPRETED:
+        return triton.next_power_of_2(rows), triton.next_power_of_2(hidden)
+    block_h = min(max(triton.next_power_of_2(hidden), 16), 128)
+    return 512 // block_h, block_h

@@ -1,0 +1,276 @@
+"""The Triton kernels through their launchers: in the hardened interpreter, or on a GPU where there is one.
+
+Values are compared with the plain formulas in float64, see lstm_cases.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from ..triton_interpreter import install
+
+    install()
+
+from fuseblock.launch import _triton, triton_lstm_gates, triton_lstm_recurrence
+
+from . import plain_lstm
+from .lstm_cases import (
+    LstmCase,
+    assert_outputs,
+    check_backward,
+    check_forward,
+    check_second_order,
+    poisoned_outputs,
+    state_dtype,
+)
+
+DEVICE = "cpu" if _triton.INTERPRETED else "cuda"
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+FIRST_ORDER = ("lstm_recurrence", "lstm_recurrence_bwd")
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no interpreter and no GPU")
+
+
+def _to(device: str, values: Any) -> list[Any]:
+    return [v.to(device) if isinstance(v, Tensor) else v for v in values]
+
+
+class Engine:
+    """The three ops on one engine of the launcher; tensors travel to the device and back."""
+
+    def __init__(self, variant: str) -> None:
+        self.variant = variant
+
+    def _run(self, op: str, args: tuple[Any, ...]) -> list[Tensor]:
+        [candidate] = [c for c in triton_lstm_recurrence.candidates(op) if c.variant == self.variant]
+        args = tuple(_to(DEVICE, args))
+        assert candidate.why_not(*args) is None
+        return _to("cpu", candidate.run(*args))
+
+    def lstm_recurrence(self, *args: Any) -> list[Tensor]:
+        return self._run("lstm_recurrence", args)
+
+    def lstm_recurrence_bwd(self, *args: Any) -> list[Tensor]:
+        return self._run("lstm_recurrence_bwd", args)
+
+    def lstm_recurrence_bwd_bwd(self, *args: Any) -> list[Tensor]:
+        return self._run("lstm_recurrence_bwd_bwd", args)
+
+
+PER_STEP, PERSISTENT = Engine("per step"), Engine("persistent")
+
+PER_STEP_CASES = [
+    LstmCase(3, 3, 33, 2, None, None),
+    LstmCase(4, 3, 3, 2, None, (4, 0, 2)),
+    LstmCase(3, 2, 16, 1, 5, (3, 1)),
+    LstmCase(1, 1, 1, 1, None, None),
+]
+PERSISTENT_CASES = [
+    LstmCase(3, 3, 33, 2, None, None),
+    LstmCase(4, 3, 3, 2, None, (4, 0, 2)),
+    LstmCase(3, 17, 16, 1, None, None),
+    LstmCase(5, 2, 48, 2, None, (2, 9)),
+    LstmCase(1, 1, 1, 1, None, None),
+]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs per launch of a step kernel, with ragged last blocks."""
+    monkeypatch.setattr(_triton, "step_blocks", lambda rows, hidden: (2, 16))
+
+
+# ---------------------------------------------------------------------------------------------- recurrence, per step
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", PER_STEP_CASES, ids=str)
+def test_per_step_forward(case: LstmCase, dtype: torch.dtype) -> None:
+    check_forward(PER_STEP, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", PER_STEP_CASES, ids=str)
+def test_per_step_backward(case: LstmCase, dtype: torch.dtype) -> None:
+    check_backward(PER_STEP, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", PER_STEP_CASES, ids=str)
+def test_per_step_second_order(case: LstmCase, dtype: torch.dtype) -> None:
+    check_second_order(PER_STEP, case, dtype)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_per_step_in_small_blocks() -> None:
+    case = LstmCase(2, 3, 33, 2, None, (2, 1, 2))
+    check_forward(PER_STEP, case, torch.float32)
+    check_backward(PER_STEP, case, torch.float32)
+    check_second_order(PER_STEP, case, torch.float32)
+
+
+def test_per_step_without_some_cotangents() -> None:
+    case = LstmCase(3, 2, 4, 1, None, (3, 1))
+    for given in range(5):
+        check_backward(PER_STEP, case, torch.float64, given=(given,))
+    for given in range(3):
+        check_second_order(PER_STEP, case, torch.float64, v_given=(given,), d_given=(given + 1,))
+
+
+# -------------------------------------------------------------------------------------------- recurrence, persistent
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", PERSISTENT_CASES, ids=str)
+def test_persistent_forward(case: LstmCase, dtype: torch.dtype) -> None:
+    check_forward(PERSISTENT, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", PERSISTENT_CASES, ids=str)
+def test_persistent_backward(case: LstmCase, dtype: torch.dtype) -> None:
+    check_backward(PERSISTENT, case, dtype)
+
+
+def test_persistent_backward_without_some_cotangents() -> None:
+    case = LstmCase(3, 2, 4, 2, None, (3, 1))
+    for given in range(5):
+        check_backward(PERSISTENT, case, torch.float32, given=(given,))
+
+
+@pytest.mark.parametrize("engine", [PER_STEP, PERSISTENT], ids=lambda e: e.variant)
+def test_strided_and_misaligned_inputs(engine: Engine) -> None:
+    """gx of a batch-first layer, off by one element; cotangents that are one expanded scalar."""
+    n_steps, batch, hidden = 3, 2, 16
+    case = LstmCase(n_steps, batch, hidden, 1, None, None)
+    gx, h0, c0, w_hh, _, _ = case.inputs(torch.float32)
+    storage = torch.empty(batch * n_steps * 4 * hidden + 1)
+    strided = storage[1:].view(batch, n_steps, 4 * hidden).transpose(0, 1)
+    strided.copy_(gx)
+    # Not through Engine: copies to a device would lose the strides.
+    run = {op: next(c.run for c in triton_lstm_recurrence.candidates(op) if c.variant == engine.variant) for op in FIRST_ORDER}
+    args = _to(DEVICE, (h0, c0, w_hh, None, None, None, True))
+    moved = torch.empty_like(storage, device=DEVICE)[1:].view(batch, n_steps, 4 * hidden).transpose(0, 1)
+    moved.copy_(gx)
+    y, h_n, c_n, gates, c = run["lstm_recurrence"](moved, *args)
+    expected = run["lstm_recurrence"](gx.to(DEVICE), *args)
+    torch.testing.assert_close((y, h_n, c_n, gates, c), tuple(expected), rtol=0, atol=0)
+
+    ones = torch.ones((), device=DEVICE)
+    cotangents = [ones.expand(x.shape) for x in (y, h_n, c_n, gates, c)]
+    saved = [gates, c, args[1], args[2], None, None, None]
+    got = run["lstm_recurrence_bwd"](*cotangents, *saved)
+    want = run["lstm_recurrence_bwd"](*(x.contiguous() for x in cotangents), *saved)
+    torch.testing.assert_close(tuple(got), tuple(want), rtol=0, atol=0)
+
+
+def test_nan_and_infinity_travel_and_stay_in_their_rows() -> None:
+    gx, h0, c0, w_hh, _, _ = LstmCase(3, 3, 4, 1, None, None).inputs(torch.float32)
+    gx[1, 0, 0] = float("nan")
+    gx[0, 1, 8:12] = float("inf")
+    lengths = torch.tensor([3, 3, 1])
+    gx[1:, 2] = float("nan")
+    for engine in (PER_STEP, PERSISTENT):
+        y, h_n, *_ = engine.lstm_recurrence(gx, h0, c0, w_hh, None, lengths, None, True)
+        want, want_h, *_ = plain_lstm.forward(gx, h0, c0, w_hh, None, lengths)
+        want = torch.where(torch.arange(3)[:, None, None] < lengths[None, :, None], want, 0)
+        torch.testing.assert_close(y, want, equal_nan=True)
+        torch.testing.assert_close(h_n, want_h, equal_nan=True)
+
+
+def test_the_engine_is_chosen_with_a_reason() -> None:
+    def chosen(case: LstmCase, dtype: torch.dtype) -> str:
+        args = (*_to(DEVICE, case.inputs(dtype)), None, True)
+        return triton_lstm_recurrence.choose("lstm_recurrence", args).variant
+
+    assert chosen(LstmCase(1, 1, 64, 1, None, None), torch.float32) == "persistent"
+    assert chosen(LstmCase(1, 1, 65, 1, None, None), torch.float32) == "per step"
+    assert chosen(LstmCase(1, 1, 128, 1, None, None), torch.bfloat16) == "persistent"
+    assert chosen(LstmCase(1, 1, 100, 1, None, None), torch.bfloat16) == "per step"
+    assert chosen(LstmCase(1, 1, 8, 1, None, None), torch.float64) == "per step"
+    assert chosen(LstmCase(1, 1, 8, 1, 4, None), torch.float32) == "per step"
+    packed = (*_to(DEVICE, LstmCase(1, 1, 8, 1, None, None).inputs(torch.float32)), torch.tensor([1]), True)
+    with pytest.raises(ValueError, match="batch_sizes"):
+        triton_lstm_recurrence.choose("lstm_recurrence", packed)
+
+
+# -------------------------------------------------------------------------------------------------------- lstm_gates
+
+
+def _gates_inputs(shape: tuple[int, ...], dtype: torch.dtype, c_dtype: torch.dtype, scale: float) -> list[Tensor]:
+    """(v_dgates, v_dc, dh, dc_new, gates, c)."""
+    wide = (*shape[:-1], 4 * shape[-1])
+    sizes = ((wide, dtype), (shape, c_dtype), (shape, dtype), (shape, c_dtype), (wide, dtype), (shape, c_dtype))
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(s, generator=generator, dtype=torch.float64) * scale).to(d) for s, d in sizes]
+
+
+def _gates_forward(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    h, c_new, _ = plain_lstm.step(gates, c)
+    return h, c_new
+
+
+def _gates_expected(values: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Outputs of forward, backward and second order by autograd in `dtype`."""
+    v_dgates, v_dc, dh, dc_new, gates, c = (v.detach().to(dtype).clone().requires_grad_() for v in values)
+    outputs = _gates_forward(gates, c)
+    first = torch.autograd.grad(outputs, (gates, c), (dh, dc_new), create_graph=True)
+    second = torch.autograd.grad(first, (dh, dc_new, gates, c), (v_dgates, v_dc))
+    return [x.detach() for x in (*outputs, *first, *second)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 8.0])
+@pytest.mark.parametrize("shape", [(3,), (1, 1), (2, 3, 33), (5, 16)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lstm_gates(dtype: torch.dtype, shape: tuple[int, ...], scale: float) -> None:
+    for c_dtype in {dtype, state_dtype(dtype)}:
+        values = _gates_inputs(shape, dtype, c_dtype, scale)
+        want, stock = _gates_expected(values, torch.float64), _gates_expected(values, dtype)
+        on_device = _to(DEVICE, values)
+        with poisoned_outputs():
+            got = [
+                *triton_lstm_gates.lstm_gates(*on_device[4:]),
+                *triton_lstm_gates.lstm_gates_bwd(*on_device[2:]),
+                *triton_lstm_gates.lstm_gates_bwd_bwd(*on_device),
+            ]
+        names = "h c_new dgates dc a_dh a_dc_new a_gates a_c"
+        dtypes = (dtype, c_dtype) * 4
+        assert_outputs(names, _to("cpu", got), want, stock, dtypes, longest_sum=32)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_lstm_gates_in_small_blocks() -> None:
+    test_lstm_gates(torch.float32, (5, 33), 1.0)
+
+
+def test_lstm_gates_layouts_and_missing_cotangents() -> None:
+    values = _gates_inputs((4, 6, 8), torch.float64, torch.float64, 1.0)
+    strided = [v.transpose(0, 1).contiguous().transpose(0, 1) for v in values]
+    sliced = [torch.cat((v, v), -1)[..., : v.shape[-1]] for v in values]
+    columns = [v.transpose(-1, -2).contiguous().transpose(-1, -2) for v in values]
+    want = _gates_expected(values, torch.float64)
+    for variant in (strided, sliced, columns):
+        got = triton_lstm_gates.lstm_gates_bwd_bwd(*_to(DEVICE, variant))
+        assert_outputs("a_dh a_dc a_gates a_c", _to("cpu", got), want[4:], want[4:], [torch.float64] * 4, 32)
+
+    for given in range(4):
+        zeros = [v if n == given or n > 3 else torch.zeros_like(v) for n, v in enumerate(values)]
+        some = [v if n == given or n > 3 else None for n, v in enumerate(_to(DEVICE, values))]
+        want = _gates_expected(zeros, torch.float64)
+        got = [*triton_lstm_gates.lstm_gates_bwd(*some[2:]), *triton_lstm_gates.lstm_gates_bwd_bwd(*some)]
+        assert_outputs("dgates dc a_dh a_dc a_gates a_c", _to("cpu", got), want[2:], want[2:], [torch.float64] * 6, 32)
+
+
+def test_lstm_gates_of_nothing() -> None:
+    gates, c = torch.empty(0, 12, device=DEVICE), torch.empty(0, 3, device=DEVICE)
+    h, c_new = triton_lstm_gates.lstm_gates(gates, c)
+    assert h.shape == c_new.shape == (0, 3)
+    assert triton_lstm_gates.lstm_gates_bwd(h, c_new, gates, c)[0].shape == (0, 12)

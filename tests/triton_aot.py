@@ -1,0 +1,87 @@
+"""Compile Triton kernels for GPUs that are not there, and read the cubins: registers, stack, shared memory.
+
+Run as a module in a process of its own, without TRITON_INTERPRET: decorated kernels are either interpreted or compiled.
+`python -m tests.triton_aot JOBS` reads a list of jobs from a JSON file and prints the list of results.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+#: Shared memory that one block may use, in bytes, by architecture.
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
+
+
+def compile_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Compile one job; returns registers, stack, shared (bytes) and whether 16-byte global accesses occur.
+
+    A job has name, module, kernel, arch, signature (argument: Triton type, "constexpr"), constants (argument: value;
+    "fp32" and the like name Triton types), divisible (arguments that are multiples of 16) and options (num_warps, ...).
+    """
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-", dir=job["cache"])
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(importlib.import_module(job["module"]), job["kernel"])
+    names = list(function.arg_names)
+    constants = {k: tl.dtype(v) if v in ("fp32", "fp64") else v for k, v in job["constants"].items()}
+    kernel = triton.compile(
+        ASTSource(
+            fn=function,
+            signature={name: job["signature"][name] for name in names},
+            constexprs=constants,
+            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in job["divisible"]},
+        ),
+        target=GPUTarget("cuda", job["arch"], 32),
+        options=job["options"],
+    )
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin", dir=job["cache"]) as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        )
+
+    def figure(name: str) -> int:
+        match = re.search(rf"{name}:(\d+)", usage.stdout)
+        assert match is not None, usage.stdout
+        return int(match.group(1))
+
+    ptx = kernel.asm["ptx"]
+    return {
+        "name": job["name"],
+        "registers": figure("REG"),
+        "stack": figure("STACK"),
+        "shared": kernel.metadata.shared,
+        "wide": bool(
+            re.search(r"(ld|st)\.global\.(L\S+\.)?v4\.b32|(ld|st)\.global\S*\.v[24]\.b(32|64)", ptx)
+        ),
+    }
+
+
+def main(path: str, workers: int = 2) -> None:
+    """Compile the jobs of a JSON file and print their results as JSON."""
+    jobs = json.loads(Path(path).read_text())
+    with tempfile.TemporaryDirectory() as cache:
+        for job in jobs:
+            job["cache"] = cache
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            results = list(pool.map(compile_job, jobs, chunksize=4))
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

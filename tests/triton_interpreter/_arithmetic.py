@@ -1,0 +1,74 @@
+"""Operations whose stock interpretation is wrong or missing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+from triton._C.libtriton import interpreter as native
+from triton._C.libtriton import ir
+
+_Builder = interpreter.InterpreterBuilder
+
+
+def bf16_to_float32(bits: np.ndarray) -> np.ndarray:
+    """The values of bfloat16 bit patterns."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def float32_to_bf16(values: np.ndarray) -> np.ndarray:
+    """Bit patterns of finite values, rounded to nearest even."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _values(handle: Any) -> np.ndarray:
+    return bf16_to_float32(handle.data) if handle.dtype.scalar == tl.bfloat16 else handle.data
+
+
+def _smallest_inner_dimension(bits: int) -> int:
+    return 32 if bits == 8 else 16
+
+
+def install() -> None:
+    """Replace tl.dot, bfloat16 atomics and the conversion of scalars to Python integers."""
+    stock_dot, stock_rmw = _Builder.create_dot, _Builder.create_atomic_rmw
+    stock_patch_tensor = interpreter._patch_lang_tensor
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        if a.data.shape[-1] < _smallest_inner_dimension(a.dtype.primitive_bitwidth):
+            raise ValueError(f"tl.dot: the CUDA backend needs K >= 16, got {a.data.shape} @ {b.data.shape}")
+        if tl.bfloat16 in (a.dtype.scalar, b.dtype.scalar):
+            return interpreter.TensorHandle(np.matmul(_values(a), _values(b)) + d.data, d.dtype.scalar)
+        return stock_dot(self, a, b, d, *rest)
+
+    def create_atomic_rmw(self: Any, op: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> Any:
+        if val.dtype.scalar != tl.bfloat16:
+            return stock_rmw(self, op, ptr, val, mask, sem, scope)
+        if op != ir.ATOMIC_OP.FADD:
+            raise NotImplementedError(f"interpreted bfloat16 atomics: only addition, got {op}")
+        return interpreter.TensorHandle(_bf16_atomic_add(ptr.data, _values(val), mask.data), val.dtype.scalar)
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        stock_patch_tensor(tensor, scope)
+        # Scalars are arrays of one element, which NumPy 2.4 no longer converts by itself.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    _Builder.create_dot = create_dot
+    _Builder.create_atomic_rmw = create_atomic_rmw
+    interpreter._patch_lang_tensor = patch_tensor
+
+
+def _bf16_atomic_add(addresses: np.ndarray, values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Add values one by one, so that equal addresses accumulate; returns the bit patterns before."""
+    one = np.ones(1, dtype=bool)
+    before = np.zeros(addresses.shape, np.uint16)
+    for place in np.argwhere(np.broadcast_to(mask, addresses.shape).astype(bool)):
+        index = tuple(place)
+        address = np.array([addresses[index]], np.uint64)
+        bits = native.load(address, one, np.zeros(1, np.uint16), np.dtype(np.uint16))
+        before[index] = bits[0]
+        native.store(address, float32_to_bf16(bf16_to_float32(bits) + values[index]), one)
+    return before
