@@ -66,9 +66,17 @@ def forward(
             h, c = torch.where(on, m, h), torch.where(on, c_new, c)
             y[t], gates[t], cells[t] = m * on, acts * on, c
         for part, value in zip(parts, (y, h, c, gates, cells), strict=True):
-            part.append(value if isinstance(value, Tensor) else torch.stack([value[t] for t in range(n_steps)]))
+            part.append(
+                value if isinstance(value, Tensor) else torch.stack([value[t] for t in range(n_steps)])
+            )
     y_all, h_n, c_n, gates_all, c_all = parts
-    return torch.cat(y_all, -1), torch.stack(h_n), torch.stack(c_n), torch.cat(gates_all, -1), torch.cat(c_all, -1)
+    return (
+        torch.cat(y_all, -1),
+        torch.stack(h_n),
+        torch.stack(c_n),
+        torch.cat(gates_all, -1),
+        torch.cat(c_all, -1),
+    )
 
 
 def backward(
@@ -157,12 +165,16 @@ class PlainSteps:
         tanh_c, o = c_new.tanh(), acts[:, -c_prev.shape[1] :].to(c_prev.dtype)
         dc = dc_total - dm * o * (1 - tanh_c**2)
         ext = zero4 if ext is None else torch.where(on, ext.to(c_prev.dtype), 0)
-        inputs = [x.detach().clone().requires_grad_() for x in (acts.to(c_prev.dtype), c_prev, c_new, dm, dc, ext)]
+        inputs = [
+            x.detach().clone().requires_grad_() for x in (acts.to(c_prev.dtype), c_prev, c_new, dm, dc, ext)
+        ]
         kappa = zero if v_dc_prev is None else v_dc_prev.clone()
         v = zero4 if v is None else torch.where(on, v.to(c_prev.dtype), 0)
         with torch.enable_grad():
             delta, dc_prev, _ = step_backward(*inputs)
-        a_acts, a_c_prev, a_c_new, a_dm, a_dc, a_ext = torch.autograd.grad((delta, dc_prev), inputs, (v, kappa))
+        a_acts, a_c_prev, a_c_new, a_dm, a_dc, a_ext = torch.autograd.grad(
+            (delta, dc_prev), inputs, (v, kappa)
+        )
         a_dm_out.copy_(torch.where(on, a_dm, 0))
         a_dc_out.copy_(torch.where(on, a_dc, kappa))
         if a_ext_out is not None:

@@ -60,12 +60,17 @@ def _aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in x.stride()[:-1])
 
 
+def gpu_step_blocks(hidden: int) -> tuple[int, int]:
+    """(BLOCK_R, BLOCK_H) of the step kernels on a GPU: tiles of 512 units for 128 threads."""
+    block_h = min(max(triton.next_power_of_2(hidden), 16), 128)
+    return 512 // block_h, block_h
+
+
 def step_blocks(rows: int, hidden: int) -> tuple[int, int]:
-    """(BLOCK_R, BLOCK_H) of the step kernels: tiles of 512 units for 128 threads.
+    """(BLOCK_R, BLOCK_H) of the step kernels.
 
     One program covers everything in the interpreter, whose time is that of the number of programs.
     """
     if INTERPRETED:
         return triton.next_power_of_2(rows), triton.next_power_of_2(hidden)
-    block_h = min(max(triton.next_power_of_2(hidden), 16), 128)
-    return 512 // block_h, block_h
+    return gpu_step_blocks(hidden)

@@ -40,8 +40,15 @@ def persistent_config(dtype: torch.dtype, hidden: int) -> PersistentConfig | str
     if hidden > 64 and hidden % 16:
         return f"H = {hidden} above 64 must be a multiple of 16, or registers run out"
     block_h = max(triton.next_power_of_2(hidden), 16)
-    wide = block_h * dtype.itemsize >= 256
-    return PersistentConfig(block_h, num_warps=8 if wide else 4)
+    return PersistentConfig(block_h, num_warps=8 if block_h >= 64 else 4)
+
+
+def prefetches(hidden: int, d_gates: Tensor | None = None, d_c: Tensor | None = None) -> bool:
+    """Whether the input of the next step is fetched early: where registers are left to hold it.
+
+    Unaligned rows take an address register per element, and further gradients take registers of their own.
+    """
+    return hidden % 16 == 0 and d_gates is None and d_c is None
 
 
 def _why_not_persistent(x: Tensor, w_hh: Tensor, w_hr: Tensor | None, batch_sizes: Tensor | None) -> str | None:
@@ -165,7 +172,7 @@ def persistent_fwd(
             gx.stride(0),
             gx.stride(1),
             PRECISION=_precision(gx.dtype),
-            PREFETCH=True,
+            PREFETCH=prefetches(hidden),
             ALIGNED=hidden % 16 == 0,
             BLOCK_B=_BLOCK_B,
             BLOCK_H=config.block_h,
@@ -214,8 +221,7 @@ def persistent_bwd(
             0 if dy is None else dy.stride(0),
             0 if dy is None else dy.stride(1),
             PRECISION=_precision(gates.dtype),
-            # With gradients of the gates there are no registers left to hold the next step's input.
-            PREFETCH=d_gates is None,
+            PREFETCH=prefetches(hidden, d_gates, d_c),
             ALIGNED=hidden % 16 == 0,
             BLOCK_B=_BLOCK_B,
             BLOCK_H=config.block_h,

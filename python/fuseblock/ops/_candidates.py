@@ -45,21 +45,19 @@ def _why_not_compiled(device: str) -> str:
     return _ext.why_not or f"the compiled library was built without {device} kernels (no nvcc at build time?)"
 
 
-def cuda_per_step(op: str) -> Candidate:
-    """The recurrence as one GEMM and one CUDA C++ kernel per time step."""
+def cuda_recurrence(op: str) -> tuple[Candidate, ...]:
+    """The candidates of ``op``, a member of the family lstm_recurrence, on CUDA C++ kernels."""
     if not _ext.has("fuseblock_cuda", "lstm_step_fwd"):
-        return absent("cuda", _why_not_compiled("cuda"))
-    from ..launch import cuda_lstm_recurrence as launcher
+        return (absent("cuda", _why_not_compiled("cuda")),)
+    from ..launch import cuda_lstm_recurrence
 
-    return Candidate("cuda", getattr(launcher, op), launcher.why_not, devices=("cuda",), variant="per step")
+    return cuda_lstm_recurrence.candidates(op)
 
 
 def triton(op: str, module: str) -> tuple[Candidate, ...]:
     """The candidates that the launcher ``fuseblock.launch.<module>`` lists for ``op``."""
     if importlib.util.find_spec("triton") is None:
         return (absent("triton", "triton is not installed"),)
-    if importlib.util.find_spec(f"fuseblock.launch.{module}") is None:  # TEMPORARY
-        return ()
     launcher = importlib.import_module(f"fuseblock.launch.{module}")
     return tuple(launcher.candidates(op))
 

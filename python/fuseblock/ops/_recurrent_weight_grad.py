@@ -12,7 +12,7 @@ def _outer_sum(left: Tensor, right: Tensor) -> Tensor:
 
 
 def recurrent_weight_grad(
-    directions: int,
+    c0: Tensor,
     delta: Tensor,
     y: Tensor,
     h0: Tensor | None,
@@ -22,17 +22,20 @@ def recurrent_weight_grad(
     """d(w_hh) (D, 4H, P): the sum over steps of outer(delta_t, h_{t-1}).
 
     Args:
-        directions: D.
+        c0: (D, B, H), for its shape.
         delta: gradients of the pre-activations, (T, B, D*4H), or (N, D*4H) when packed.
         y: hidden states, (T, B, D*P) or (N, D*P), zero at inactive steps.
         h0: initial hidden states (D, B, P); None means zero.
         lengths, batch_sizes: as in ``lstm_recurrence``.
     """
-    pairs = _padded_pairs if batch_sizes is None else _packed_pairs
+    directions, batch, _ = c0.shape
     grads = []
     columns = zip(delta.chunk(directions, -1), y.chunk(directions, -1), strict=True)
     for d, (delta_d, y_d) in enumerate(columns):
-        later, before, first = pairs(delta_d, y_d, d == 1, lengths if batch_sizes is None else batch_sizes)
+        if batch_sizes is None:
+            later, before, first = _padded_pairs(delta_d, y_d, d == 1, lengths)
+        else:
+            later, before, first = _packed_pairs(delta_d, y_d, d == 1, batch_sizes, batch)
         grad = _outer_sum(later, before)
         grads.append(grad if h0 is None else grad + _outer_sum(first, h0[d]))
     return torch.stack(grads)
@@ -52,12 +55,12 @@ def _padded_pairs(
 
 
 def _packed_pairs(
-    delta: Tensor, y: Tensor, reverse: bool, batch_sizes: Tensor
+    delta: Tensor, y: Tensor, reverse: bool, batch_sizes: Tensor, batch: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch = int(batch_sizes[0])
     rows = delta.shape[0]
     # The row of the same sequence one time step earlier, for every row but those of step 0.
-    earlier = torch.arange(batch, rows) - batch_sizes[:-1].repeat_interleave(batch_sizes[1:])
+    step_back = batch_sizes[:-1].repeat_interleave(batch_sizes[1:], output_size=rows - batch)
+    earlier = torch.arange(batch, rows) - step_back
     if not reverse:
         return delta[batch:], y.index_select(0, earlier), delta[:batch]
     steps = (batch_sizes.unsqueeze(1) > torch.arange(batch)).sum(0)
