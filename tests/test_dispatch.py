@@ -1,0 +1,157 @@
+"""The choice of backends and engines, and its explanation."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import fuseblock
+from fuseblock import _ext, dispatch, functional, ops
+
+GATES, C = torch.zeros(2, 12), torch.zeros(2, 3)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match="expected one of auto, aten, cpu"), fuseblock.backend("fast"):
+        pass
+
+
+def test_backend_is_restored() -> None:
+    with pytest.raises(KeyError), fuseblock.backend("reference"):
+        raise KeyError
+    assert dispatch.forced() == "auto"
+
+
+def test_forced_backend_that_cannot_run_raises() -> None:
+    with fuseblock.backend("cuda"), pytest.raises(fuseblock.BackendError, match="no backend can run lstm_gates.*cuda:"):
+        functional.lstm_gates(GATES, C)
+
+
+def test_forced_backend_holds_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    for op in ("lstm_gates", "lstm_gates_bwd", "lstm_gates_bwd_bwd"):
+        for c in dispatch.candidates(op):
+            if c.run is not None:
+                spy = lambda *args, _c=c: (ran.append(_c.name), _c.run(*args))[1]  # noqa: E731
+                spied = dispatch.Candidate(c.name, spy, c.why_not, c.devices, c.variant)
+                swapped = tuple(spied if x is c else x for x in dispatch.candidates(op))
+                monkeypatch.setitem(dispatch._CANDIDATES, op, swapped)
+    gates = GATES.clone().requires_grad_()
+    with fuseblock.backend("reference"):
+        # The operator, not functional, which would run plain PyTorch.
+        h, _ = ops.lstm_gates(gates, C)
+    (grad,) = torch.autograd.grad(h.sum(), gates, create_graph=True)
+    grad.sum().backward()
+    assert ran == ["reference"] * 3
+
+
+def test_backend_is_of_the_thread() -> None:
+    seen = []
+    with fuseblock.backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(dispatch.forced()))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+def test_environment_variable() -> None:
+    code = "import fuseblock.dispatch as d; print(d.forced())"
+    assert run_python(code, FUSEBLOCK_BACKEND="reference").stdout.strip() == "reference"
+    wrong = run_python(code, FUSEBLOCK_BACKEND="fast")
+    assert wrong.returncode != 0
+    assert "FUSEBLOCK_BACKEND: expected one of auto" in wrong.stderr
+
+
+def test_explain_operator() -> None:
+    explanation = fuseblock.explain("lstm_gates", GATES, C)
+    assert explanation.chosen == ("cpu" if _ext.why_not is None else "reference")
+    reasons = dict(explanation.reasons)
+    assert reasons["reference"] is None
+    assert reasons["cuda"] is not None
+    assert "lstm_gates: " in str(explanation)
+    with fuseblock.backend("reference"):
+        forced = fuseblock.explain("lstm_gates", GATES, C)
+    assert forced.chosen == "reference"
+    with pytest.raises(ValueError, match="expected one of lstm, lstm_gates"):
+        fuseblock.explain("gru")
+
+
+def test_explain_layer_names_the_engine_and_the_reason() -> None:
+    weight = (torch.zeros(12, 4), torch.zeros(12, 3), None, None, None)
+    explanation = fuseblock.explain("lstm", torch.zeros(5, 2, 4), None, None, [weight], lengths=torch.tensor([5, 3]))
+    assert explanation.chosen == "ours"
+    assert "ragged" in str(explanation)
+    with fuseblock.backend("aten"):
+        assert fuseblock.explain("lstm", torch.zeros(5, 2, 4), None, None, [weight]).chosen == "aten"
+        with pytest.raises(fuseblock.BackendError, match="ragged"):
+            functional.lstm(torch.zeros(5, 2, 4), None, None, [weight], lengths=torch.tensor([5, 3]))
+
+
+def test_env_report() -> None:
+    report = subprocess.run(
+        [sys.executable, "-m", "fuseblock", "env"], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    for expected in ("torch", "triton", "lstm_gates_bwd_bwd", "lstm_recurrence", "FUSEBLOCK_BACKEND"):
+        assert expected in report
+
+
+HIDE = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+sys.modules["triton"] = None
+"""
+
+
+def test_works_without_triton() -> None:
+    code = HIDE + (
+        "import torch, fuseblock\n"
+        "print(fuseblock.nn.LSTM(3, 4)(torch.zeros(5, 2, 3))[0].shape)\n"
+        "print(fuseblock.explain('lstm_gates', torch.zeros(2, 12), torch.zeros(2, 3)))"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert "triton is not installed" in done.stdout
+
+
+def test_works_without_the_compiled_library(tmp_path) -> None:
+    """A copy of the Python sources alone, as an installation without a compiler has them."""
+    import shutil
+    from pathlib import Path
+
+    package = Path(fuseblock.__file__).parent
+    shutil.copytree(package, tmp_path / "fuseblock", ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.json"))
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        + HIDE
+        + "import torch, fuseblock\n"
+        + f"assert fuseblock.__file__.startswith({str(tmp_path)!r}), fuseblock.__file__\n"
+        + "m = fuseblock.nn.LSTM(3, 4)\n"
+        + "m(torch.zeros(5, 2, 3))[0].sum().backward()\n"
+        + "print(fuseblock.explain('lstm_gates', torch.zeros(2, 12), torch.zeros(2, 3)))"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert "without its compiled library" in done.stdout
+    assert done.stdout.startswith("lstm_gates: reference")
+
+
+def test_kernels_is_no_top_level_package() -> None:
+    done = run_python("import importlib.util; print(importlib.util.find_spec('kernels'))")
+    assert "fuseblock" not in done.stdout or done.stdout.strip() == "None"
