@@ -1,12 +1,15 @@
-# One LSTM step on (rows, 4H) gates and (rows, H) cell states, gate order i, f, g, o:
-#   forward   i, f, o = sigmoid(a)   g = tanh(a)   c' = f c + i g   m = o tanh(c')
-#   backward  dc' += dm o (1 - tanh(c')^2);  da from dc', dm;  dc = dc' f;  second order: the adjoint of backward
-# Equations and names are those of csrc/math/lstm_gates.h. Two users: the op lstm_gates saves the pre-activations and
-# recomputes the rest (FROM_PRE); the recurrence saves activated gates and cell states, and masks rows by `lengths`.
-# Mathematics in float32 (float64 for double) whatever the storage. NaN travels; inactive rows are selected, not multiplied.
-# Bytes moved per hidden unit, b = bytes of the gates' dtype, s = of c: forward 5b + 2s (9b + 2s with saved gates),
-# backward 9b + 3s (9b + 4s when c' is read), second order 18b + 6s at most.
-# Pointers may be None where a kernel tests them. ALIGNED promises that every row of every tile starts at 16 bytes.
+"""One LSTM step on (rows, 4H) gates and (rows, H) cell states, gate order i, f, g, o.
+
+forward   i, f, o = sigmoid(a)   g = tanh(a)   c' = f c + i g   m = o tanh(c')
+backward  dc' += dm o (1 - tanh(c')^2);  da from dc' and dm;  dc = dc' f.   second order: the adjoint of backward
+Equations and names are those of csrc/math/lstm_gates.h. Two users: the op lstm_gates saves the pre-activations and
+recomputes the rest (FROM_PRE); the recurrence saves activated gates and cell states, and masks rows by `lengths`.
+Mathematics in float32 (float64 for double). NaN travels; inactive rows are selected, never multiplied by zero.
+Bytes per unit, b of the gates' dtype, s of c's: forward 5b + 2s (9b + 2s with saved gates), backward 9b + 3s (+ s for c'),
+second order at most 18b + 6s. Pointers may be None where a kernel tests them; outputs may be the inputs that they name.
+ALIGNED promises that every row of every tile starts at 16 bytes.
+"""
+
 import triton
 import triton.language as tl
 
@@ -118,6 +121,7 @@ def lstm_gates_fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    """Activate the gates and update the cell state."""
     row, col, mask = _tile(rows, hidden, BLOCK_R, BLOCK_H)
     a_i, a_f, a_g, a_o = load_gates(pre_ptr, row, col, stride_pre, hidden, mask, DTYPE, ALIGNED)
     c_prev = load_tile(c_ptr, row, col, stride_c, mask, DTYPE, ALIGNED)
@@ -125,7 +129,12 @@ def lstm_gates_fwd_kernel(
     m = o * tanh_c
     if lengths_ptr is not None:
         active = _active_rows(lengths_ptr, row, rows, t)
-        i, f, g, o = tl.where(active, i, 0.0), tl.where(active, f, 0.0), tl.where(active, g, 0.0), tl.where(active, o, 0.0)
+        i, f, g, o = (
+            tl.where(active, i, 0.0),
+            tl.where(active, f, 0.0),
+            tl.where(active, g, 0.0),
+            tl.where(active, o, 0.0),
+        )
         m, c_new = tl.where(active, m, 0.0), tl.where(active, c_new, c_prev)
         if h_state_ptr is not None:
             tl.store(tile_ptrs(h_state_ptr, row, col, stride_h_state, ALIGNED), m, mask=mask & active)
@@ -177,6 +186,7 @@ def lstm_gates_bwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    """First-order gradients of the step."""
     row, col, mask = _tile(rows, hidden, BLOCK_R, BLOCK_H)
     i, f, g, o = load_gates(gates_ptr, row, col, stride_gates, hidden, mask, DTYPE, ALIGNED)
     c_prev = load_tile(c_ptr, row, col, stride_c, mask, DTYPE, ALIGNED)
@@ -255,6 +265,7 @@ def lstm_gates_bwd_bwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    """Adjoint of the backward kernel."""
     row, col, mask = _tile(rows, hidden, BLOCK_R, BLOCK_H)
     i, f, g, o = load_gates(gates_ptr, row, col, stride_gates, hidden, mask, DTYPE, ALIGNED)
     c_prev = load_tile(c_ptr, row, col, stride_c, mask, DTYPE, ALIGNED)
@@ -297,12 +308,16 @@ def lstm_gates_bwd_bwd_kernel(
         a_g, a_o = tl.where(active, a_g, 0.0), tl.where(active, a_o, 0.0)
         a_c, a_c_new = tl.where(active, a_c, 0.0), tl.where(active, a_c_new, 0.0)
         if a_dm_state_ptr is not None:
-            tl.store(tile_ptrs(a_dm_state_ptr, row, col, stride_a_dm_state, ALIGNED), a_dm, mask=mask & active)
+            tl.store(
+                tile_ptrs(a_dm_state_ptr, row, col, stride_a_dm_state, ALIGNED), a_dm, mask=mask & active
+            )
 
     tl.store(tile_ptrs(a_dm_ptr, row, col, stride_a_dm, ALIGNED), a_dm, mask=mask)
     tl.store(tile_ptrs(a_dc_ptr, row, col, stride_a_dc, ALIGNED), a_dc, mask=mask)
     if a_ext_ptr is not None:
-        store_gates(a_ext_ptr, a_ext_i, a_ext_f, a_ext_g, a_ext_o, row, col, stride_a_ext, hidden, mask, ALIGNED)
+        store_gates(
+            a_ext_ptr, a_ext_i, a_ext_f, a_ext_g, a_ext_o, row, col, stride_a_ext, hidden, mask, ALIGNED
+        )
     store_gates(a_gates_ptr, a_i, a_f, a_g, a_o, row, col, stride_a_gates, hidden, mask, ALIGNED)
     if not FROM_PRE:
         a_c += load_tile(a_c_ptr, row, col, stride_a_c, mask, DTYPE, ALIGNED)

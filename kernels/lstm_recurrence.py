@@ -1,14 +1,16 @@
-# The LSTM recurrence over a whole sequence in one launch, for small H: W_hh stays on chip.
-#   a_t = gx_t + h W_hh^T;  i, f, o = sigmoid, g = tanh;  c' = f c + i g;  h' = o tanh(c')       (kernels/lstm_gates.py)
-#   backward, in reverse: dh_t = dy_t + delta_next W_hh;  delta_t, dc from lstm_step_bwd
-# One program owns BLOCK_B rows of the batch in one direction and walks through all T steps, so no program waits for
-# another. W_hh is one (BLOCK_H, BLOCK_H) tile per gate, H padded with zeros: a padded unit has a = 0, c' = 0, h' = 0.
-# gx (T, B, D*4H), y (T, B, D*H), gates (T, B, D*4H) activated, c (T, B, D*H) float32 for 16-bit inputs, w_hh (D, 4H, H).
-# Saved: gates and c, the layout that every engine shares. h is rounded to the dtype of y at each step; c, dh and dc are
-# carried in float32. The input of the next step is fetched before the dots of this one.
-# Rows are active at t < length; inactive rows carry their state, and give zeros.
-# Bytes per step and hidden unit, b = bytes of the dtype, s = of c: forward 5b, 9b + s with saved state; backward 9b + s.
-# Idea: persistent RNNs (Diamos et al. 2016), the one-block case.
+"""The LSTM recurrence over a whole sequence in one launch, for small H: W_hh stays on chip.
+
+forward   a_t = gx_t + h W_hh^T, then the step of kernels/lstm_gates.py
+backward  in reverse: dh_t = dy_t + delta_next W_hh;  delta_t and dc from lstm_step_bwd
+One program owns BLOCK_B rows of the batch in one direction and walks through all T steps, so no program waits for
+another. W_hh is one (BLOCK_H, BLOCK_H) tile per gate, H padded with zeros: a padded unit has a = c' = h' = 0.
+gx (T, B, D*4H), y (T, B, D*H), w_hh (D, 4H, H). Saved, as by every engine: gates (T, B, D*4H) activated and c (T, B, D*H),
+float32 for 16-bit inputs. h is rounded to the dtype of y at each step; c, dh and dc are carried in float32. Rows are
+active at t < length; inactive rows carry their state and give zeros. The next step's input is fetched before the dots.
+Bytes per step and unit, b of the dtype, s of c: forward 5b, 9b + s with saved state; backward 9b + s.
+Source of the idea: persistent RNNs (Diamos et al. 2016), with one block per group of rows.
+"""
+
 import triton
 import triton.language as tl
 
@@ -21,7 +23,9 @@ def _load_weight(w_ptr, gate, rows, cols, hidden, stride_rows, stride_cols):
     """The (BLOCK_H, BLOCK_H) tile of one gate, zero-padded; rows and cols index it through the given strides."""
     mask = (rows < hidden)[:, None] & (cols < hidden)[None, :]
     return tl.load(
-        w_ptr + gate * hidden * hidden + rows[:, None] * stride_rows + cols[None, :] * stride_cols, mask=mask, other=0.0
+        w_ptr + gate * hidden * hidden + rows[:, None] * stride_rows + cols[None, :] * stride_cols,
+        mask=mask,
+        other=0.0,
     )
 
 
@@ -53,6 +57,7 @@ def lstm_recurrence_fwd_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    """All time steps of some rows and one direction."""
     direction, directions = tl.program_id(1), tl.num_programs(1)
     # Pointers of this program's first row are 64-bit scalars; offsets within its few rows fit in 32 bits.
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_B
@@ -78,7 +83,9 @@ def lstm_recurrence_fwd_kernel(
     gx_ptr += direction * 4 * hidden + first_row * stride_gx_b
     column = direction * hidden + first_row * stride_unit
     IN: tl.constexpr = gx_ptr.dtype.element_ty
-    x_i, x_f, x_g, x_o = load_gates(gx_ptr + t * stride_gx_t, row, unit, stride_gx_b, hidden, mask, IN, ALIGNED)
+    x_i, x_f, x_g, x_o = load_gates(
+        gx_ptr + t * stride_gx_t, row, unit, stride_gx_b, hidden, mask, IN, ALIGNED
+    )
     for step in range(n_steps):
         if PREFETCH:
             more = mask & (step + 1 < n_steps)
@@ -145,6 +152,7 @@ def lstm_recurrence_bwd_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    """Gradients of all time steps of some rows and one direction."""
     direction, directions = tl.program_id(1), tl.num_programs(1)
     # Pointers of this program's first row are 64-bit scalars; offsets within its few rows fit in 32 bits.
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_B
@@ -160,8 +168,24 @@ def lstm_recurrence_bwd_kernel(
     w_f = _load_weight(w_ptr, 1, unit, unit, hidden, hidden, 1)
     w_g = _load_weight(w_ptr, 2, unit, unit, hidden, hidden, 1)
     w_o = _load_weight(w_ptr, 3, unit, unit, hidden, hidden, 1)
-    dh = load_tile(dh_n_ptr + state_offset if dh_n_ptr is not None else None, row, unit, hidden, mask, tl.float32, ALIGNED)
-    dc = load_tile(dc_n_ptr + state_offset if dc_n_ptr is not None else None, row, unit, hidden, mask, tl.float32, ALIGNED)
+    dh = load_tile(
+        dh_n_ptr + state_offset if dh_n_ptr is not None else None,
+        row,
+        unit,
+        hidden,
+        mask,
+        tl.float32,
+        ALIGNED,
+    )
+    dc = load_tile(
+        dc_n_ptr + state_offset if dc_n_ptr is not None else None,
+        row,
+        unit,
+        hidden,
+        mask,
+        tl.float32,
+        ALIGNED,
+    )
     if lengths_ptr is not None:
         length = tl.load(lengths_ptr + first_row + row, mask=row < batch - first_row, other=0)[:, None]
 
@@ -182,7 +206,9 @@ def lstm_recurrence_bwd_kernel(
         earlier = (t + sign) * stride_step
         if PREFETCH:
             i, f, g, o = p_i.to(tl.float32), p_f.to(tl.float32), p_g.to(tl.float32), p_o.to(tl.float32)
-            p_i, p_f, p_g, p_o = load_gates(gates_ptr + 4 * earlier, row, unit, stride_gates, hidden, more, OUT, ALIGNED)
+            p_i, p_f, p_g, p_o = load_gates(
+                gates_ptr + 4 * earlier, row, unit, stride_gates, hidden, more, OUT, ALIGNED
+            )
         else:
             now = gates_ptr + 4 * t * stride_step
             i, f, g, o = load_gates(now, row, unit, stride_gates, hidden, mask, tl.float32, ALIGNED)
@@ -213,7 +239,9 @@ def lstm_recurrence_bwd_kernel(
         else:
             kept = tl.zeros_like(dh)
         d_i, d_f, d_g, d_o = d_i.to(OUT), d_f.to(OUT), d_g.to(OUT), d_o.to(OUT)
-        store_gates(dgx_ptr + 4 * t * stride_step, d_i, d_f, d_g, d_o, row, unit, stride_gates, hidden, mask, ALIGNED)
+        store_gates(
+            dgx_ptr + 4 * t * stride_step, d_i, d_f, d_g, d_o, row, unit, stride_gates, hidden, mask, ALIGNED
+        )
         dh = tl.dot(d_i, w_i, kept, input_precision=PRECISION)
         dh = tl.dot(d_f, w_f, dh, input_precision=PRECISION)
         dh = tl.dot(d_g, w_g, dh, input_precision=PRECISION)

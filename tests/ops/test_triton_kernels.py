@@ -5,7 +5,6 @@ Values are compared with the plain formulas in float64, see lstm_cases.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -14,13 +13,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    from ..triton_interpreter import install
-
-    install()
-
 from fuseblock.launch import _triton, triton_lstm_gates, triton_lstm_recurrence
 
+from ..triton_interpreter import install
 from . import plain_lstm
 from .lstm_cases import (
     LstmCase,
@@ -32,11 +27,16 @@ from .lstm_cases import (
     state_dtype,
 )
 
+if _triton.INTERPRETED:
+    install()
+
 DEVICE = "cpu" if _triton.INTERPRETED else "cuda"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FIRST_ORDER = ("lstm_recurrence", "lstm_recurrence_bwd")
 
-pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no interpreter and no GPU")
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cuda" and not torch.cuda.is_available(), reason="no interpreter and no GPU"
+)
 
 
 def _to(device: str, values: Any) -> list[Any]:
@@ -156,7 +156,10 @@ def test_strided_and_misaligned_inputs(engine: Engine) -> None:
     strided = storage[1:].view(batch, n_steps, 4 * hidden).transpose(0, 1)
     strided.copy_(gx)
     # Not through Engine: copies to a device would lose the strides.
-    run = {op: next(c.run for c in triton_lstm_recurrence.candidates(op) if c.variant == engine.variant) for op in FIRST_ORDER}
+    run = {
+        op: next(c.run for c in triton_lstm_recurrence.candidates(op) if c.variant == engine.variant)
+        for op in FIRST_ORDER
+    }
     args = _to(DEVICE, (h0, c0, w_hh, None, None, None, True))
     moved = torch.empty_like(storage, device=DEVICE)[1:].view(batch, n_steps, 4 * hidden).transpose(0, 1)
     moved.copy_(gx)
@@ -172,6 +175,7 @@ def test_strided_and_misaligned_inputs(engine: Engine) -> None:
     torch.testing.assert_close(tuple(got), tuple(want), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_nan_and_infinity_travel_and_stay_in_their_rows() -> None:
     gx, h0, c0, w_hh, _, _ = LstmCase(3, 3, 4, 1, None, None).inputs(torch.float32)
     gx[1, 0, 0] = float("nan")
@@ -184,6 +188,26 @@ def test_nan_and_infinity_travel_and_stay_in_their_rows() -> None:
         want = torch.where(torch.arange(3)[:, None, None] < lengths[None, :, None], want, 0)
         torch.testing.assert_close(y, want, equal_nan=True)
         torch.testing.assert_close(h_n, want_h, equal_nan=True)
+
+
+def test_what_inactive_rows_receive_is_ignored() -> None:
+    """NaN in cotangents of inactive steps reaches nothing, in either order."""
+    case = LstmCase(3, 2, 4, 2, None, (3, 1))
+    gx, h0, c0, w_hh, _, lengths = case.inputs(torch.float32)
+    for engine in (PER_STEP, PERSISTENT):
+        y, h_n, c_n, gates, c = engine.lstm_recurrence(gx, h0, c0, w_hh, None, lengths, None, True)
+        dy, d_gates, d_c = torch.ones_like(y), torch.ones_like(gates), torch.ones_like(c)
+        dy[1:, 1] = d_gates[1:, 1] = float("nan")
+        saved = (gates, c, c0, w_hh, None, lengths, None)
+        first = engine.lstm_recurrence_bwd(dy, h_n, c_n, d_gates, d_c, *saved)
+        assert all(x.isfinite().all() for x in first)
+        if engine is PER_STEP:
+            v_dgx = torch.ones_like(gates)
+            v_dgx[1:, 1] = float("nan")
+            cotangents = (v_dgx, h_n, c_n, None, dy, h_n, c_n, d_gates, d_c)
+            assert all(
+                x.isfinite().all() for x in engine.lstm_recurrence_bwd_bwd(*cotangents, *saved, first[0])
+            )
 
 
 def test_the_engine_is_chosen_with_a_reason() -> None:
@@ -205,10 +229,19 @@ def test_the_engine_is_chosen_with_a_reason() -> None:
 # -------------------------------------------------------------------------------------------------------- lstm_gates
 
 
-def _gates_inputs(shape: tuple[int, ...], dtype: torch.dtype, c_dtype: torch.dtype, scale: float) -> list[Tensor]:
+def _gates_inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, c_dtype: torch.dtype, scale: float
+) -> list[Tensor]:
     """(v_dgates, v_dc, dh, dc_new, gates, c)."""
     wide = (*shape[:-1], 4 * shape[-1])
-    sizes = ((wide, dtype), (shape, c_dtype), (shape, dtype), (shape, c_dtype), (wide, dtype), (shape, c_dtype))
+    sizes = (
+        (wide, dtype),
+        (shape, c_dtype),
+        (shape, dtype),
+        (shape, c_dtype),
+        (wide, dtype),
+        (shape, c_dtype),
+    )
     generator = torch.Generator().manual_seed(0)
     return [(torch.randn(s, generator=generator, dtype=torch.float64) * scale).to(d) for s, d in sizes]
 
@@ -266,7 +299,9 @@ def test_lstm_gates_layouts_and_missing_cotangents() -> None:
         some = [v if n == given or n > 3 else None for n, v in enumerate(_to(DEVICE, values))]
         want = _gates_expected(zeros, torch.float64)
         got = [*triton_lstm_gates.lstm_gates_bwd(*some[2:]), *triton_lstm_gates.lstm_gates_bwd_bwd(*some)]
-        assert_outputs("dgates dc a_dh a_dc a_gates a_c", _to("cpu", got), want[2:], want[2:], [torch.float64] * 6, 32)
+        assert_outputs(
+            "dgates dc a_dh a_dc a_gates a_c", _to("cpu", got), want[2:], want[2:], [torch.float64] * 6, 32
+        )
 
 
 def test_lstm_gates_of_nothing() -> None:

@@ -34,7 +34,9 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    if os.environ.get("TRITON_INTERPRET") != "1" and any(m.startswith("fuseblock.kernels.") for m in sys.modules):
+    if os.environ.get("TRITON_INTERPRET") != "1" and any(
+        m.startswith("fuseblock.kernels.") for m in sys.modules
+    ):
         raise RuntimeError("Triton kernels were decorated before the interpreter was switched on")
     os.environ["TRITON_INTERPRET"] = "1"
     from . import _arithmetic, _bounds, _programs

@@ -36,7 +36,9 @@ def _ranges(arguments: Iterable[Any]) -> Iterator[tuple[int, int]]:
         elif hasattr(argument, "data_ptr"):
             tensor = interpreter._unwrap_tensor(argument)
             if tensor.numel():
-                last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+                last = sum(
+                    (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+                )
                 start = tensor.data_ptr()
                 yield start, start + (last + 1) * tensor.element_size()
 

@@ -14,10 +14,12 @@ stay in the state dtype.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
+
+_Optional = TypeVar("_Optional", bound=Tensor | None)
 
 
 class StepKernels(Protocol):
@@ -141,13 +143,13 @@ def _processing_order(steps: int, direction: int) -> list[int]:
     return list(range(steps)) if direction == 0 else list(range(steps - 1, -1, -1))
 
 
-def _part(x: Tensor | None, direction: int, width: int) -> Tensor | None:
+def _part(x: _Optional, direction: int, width: int) -> _Optional:
     """One direction's share of a (T, B, D*width) tensor."""
-    return None if x is None else x[..., direction * width : (direction + 1) * width]
+    return x if x is None else cast(_Optional, x[..., direction * width : (direction + 1) * width])
 
 
-def _at(x: Tensor | None, t: int) -> Tensor | None:
-    return None if x is None else x[t]
+def _at(x: _Optional, t: int) -> _Optional:
+    return x if x is None else cast(_Optional, x[t])
 
 
 def _active_rows(lengths: Tensor | None, steps: int) -> Tensor | None:
@@ -175,24 +177,28 @@ def lstm_recurrence(
     directions, four_h, proj = w_hh.shape
     hidden = four_h // 4
     y = gx.new_empty(n_steps, batch, directions * proj)
-    h_n, c_n = h0.clone(memory_format=torch.contiguous_format), c0.clone(memory_format=torch.contiguous_format)
+    h_n, c_n = (
+        h0.clone(memory_format=torch.contiguous_format),
+        c0.clone(memory_format=torch.contiguous_format),
+    )
     gates = gx.new_empty((n_steps, batch, directions * four_h) if save_state else (0,))
     c = c0.new_empty((n_steps, batch, directions * hidden) if save_state else (0,))
-    scratch = None if save_state else gx.new_empty(batch, four_h)
-    m = gx.new_empty(batch, hidden) if w_hr is not None else None
+    scratch = gx.new_empty(0 if save_state else batch, four_h)
+    m = gx.new_empty(0 if w_hr is None else batch, hidden)
     active = _active_rows(lengths, n_steps) if w_hr is not None else None
 
     for d in range(directions):
         gx_d, y_d = _part(gx, d, four_h), _part(y, d, proj)
-        gates_d, c_d = (_part(gates, d, four_h), _part(c, d, hidden)) if save_state else (None, None)
+        gates_d = _part(gates, d, four_h) if save_state else None
+        c_d = _part(c, d, hidden) if save_state else None
         w_hh_t = w_hh[d].t()
         h, c_prev = h_n[d], c_n[d]
         for t in _processing_order(n_steps, d):
             # With saved state the GEMM writes where the activated gates will stand, and the step works in place.
-            pre = gates_d[t] if save_state else scratch
+            pre = scratch if gates_d is None else gates_d[t]
             torch.addmm(gx_d[t], h, w_hh_t, out=pre)
-            acts_out = pre if save_state else None
-            c_out = c_d[t] if save_state else c_prev
+            acts_out = None if gates_d is None else pre
+            c_out = c_prev if c_d is None else c_d[t]
             if w_hr is None:
                 h_state = None if lengths is None else h_n[d]
                 steps.step_fwd(pre, c_prev, y_d[t], c_out, acts_out, lengths, t, h_state)
@@ -230,13 +236,18 @@ def lstm_recurrence_bwd(
     n_steps, batch, _ = gates.shape
     directions, four_h, proj = w_hh.shape
     hidden = four_h // 4
-    dy, d_gates, d_c, c0 = _rows(dy), _rows(d_gates), _rows(d_c), _rows(c0)
+    dy, d_gates, d_c = _rows(dy), _rows(d_gates), _rows(d_c)
+    c0 = _rows(c0)
     dgx = torch.empty_like(gates, memory_format=torch.contiguous_format)
     # The carried gradients live in the outputs that they become.
     dh0 = gates.new_zeros(directions, batch, proj) if dh_n is None else _fresh(dh_n, gates.dtype)
-    dc0 = torch.zeros_like(c0, memory_format=torch.contiguous_format) if dc_n is None else _fresh(dc_n, c0.dtype)
+    dc0 = (
+        torch.zeros_like(c0, memory_format=torch.contiguous_format)
+        if dc_n is None
+        else _fresh(dc_n, c0.dtype)
+    )
     dh = gates.new_empty((n_steps, batch, directions * proj) if w_hr is not None else (0,))
-    dm = gates.new_empty(batch, hidden) if w_hr is not None else None
+    dm = gates.new_empty(0 if w_hr is None else batch, hidden)
     active = _active_rows(lengths, n_steps) if w_hr is not None else None
 
     for d in range(directions):
@@ -286,10 +297,15 @@ def lstm_recurrence_bwd_bwd(
     n_steps, batch, _ = gates.shape
     directions, four_h, proj = w_hh.shape
     hidden = four_h // 4
-    dy, d_gates, d_c, c0 = _rows(dy), _rows(d_gates), _rows(d_c), _rows(c0)
+    dy, d_gates, d_c = _rows(dy), _rows(d_gates), _rows(d_c)
+    c0 = _rows(c0)
     a_dy = gates.new_empty(n_steps, batch, directions * proj)
     a_dh_n = gates.new_zeros(directions, batch, proj) if v_dh0 is None else _fresh(v_dh0, gates.dtype)
-    a_dc_n = torch.zeros_like(c0, memory_format=torch.contiguous_format) if v_dc0 is None else _fresh(v_dc0, c0.dtype)
+    a_dc_n = (
+        torch.zeros_like(c0, memory_format=torch.contiguous_format)
+        if v_dc0 is None
+        else _fresh(v_dc0, c0.dtype)
+    )
     a_d_gates = torch.empty_like(gates, memory_format=torch.contiguous_format)
     a_gates = torch.empty_like(gates, memory_format=torch.contiguous_format)
     a_d_c = torch.empty_like(c, memory_format=torch.contiguous_format)
@@ -305,8 +321,12 @@ def lstm_recurrence_bwd_bwd(
         a_d_c_d, a_c_d, a_dy_d = _part(a_d_c, d, hidden), _part(a_c, d, hidden), _part(a_dy, d, proj)
         a_ext_d, a_acts_d = _part(a_d_gates, d, four_h), _part(a_gates, d, four_h)
         m_bar_d = a_dy_d if w_hr is None else _part(m_bar, d, hidden)
-        dm = _all_dm(_part(dy, d, proj), _at(dh_n, d), _part(dgx, d, four_h), w_hh[d], _at(w_hr, d), lengths, d)
-        dc_total = _all_dc_total(steps, dm, _at(dc_n, d), _part(d_c, d, hidden), gates_d, c_d, c0[d], lengths, d)
+        dm = _all_dm(
+            _part(dy, d, proj), _at(dh_n, d), _part(dgx, d, four_h), w_hh[d], _at(w_hr, d), lengths, d
+        )
+        dc_total = _all_dc_total(
+            steps, dm, _at(dc_n, d), _part(d_c, d, hidden), gates_d, c_d, c0[d], lengths, d
+        )
 
         order = _processing_order(n_steps, d)
         w_hh_t = w_hh[d].t()
@@ -331,8 +351,12 @@ def lstm_recurrence_bwd_bwd(
     return a_dy, a_dh_n, a_dc_n, a_d_gates, a_d_c, a_gates, a_c, a_c0, m_bar
 
 
+@overload
+def _rows(x: Tensor) -> Tensor: ...
+@overload
+def _rows(x: Tensor | None) -> Tensor | None: ...
 def _rows(x: Tensor | None) -> Tensor | None:
-    """X with a contiguous last dimension; a cotangent may be an expanded scalar."""
+    """Give x a contiguous last dimension; a cotangent may be an expanded scalar."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -381,7 +405,9 @@ def _all_dm(
     proj = w_hh.shape[1]
     dh = dgx.new_empty(n_steps, batch, proj)
     # `later` are the steps whose delta flows back into the steps `earlier`.
-    later, earlier = (slice(1, None), slice(None, -1)) if direction == 0 else (slice(None, -1), slice(1, None))
+    later, earlier = (
+        (slice(1, None), slice(None, -1)) if direction == 0 else (slice(None, -1), slice(1, None))
+    )
     final = n_steps - 1 if direction == 0 else 0
     delta, out = dgx[later].reshape(-1, four_h), dh[earlier].view(-1, proj)
     if dy is None:
@@ -424,6 +450,19 @@ def _all_dc_total(
         t = order[n]
         c_prev = c[order[n - 1]] if n > 0 else c0
         steps.step_bwd(
-            gates[t], c_prev, c[t], None, carry, None, lengths, t, None, carry, None, dc_total[t], dm[t], _at(d_c, t)
+            gates[t],
+            c_prev,
+            c[t],
+            None,
+            carry,
+            None,
+            lengths,
+            t,
+            None,
+            carry,
+            None,
+            dc_total[t],
+            dm[t],
+            _at(d_c, t),
         )
     return dc_total

@@ -5,7 +5,7 @@ This module is itself a step namespace (`per_step.StepKernels`): step_fwd, step_
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 import triton
@@ -125,12 +125,16 @@ def step_bwd_bwd(
     _launch(lstm_gates_bwd_bwd_kernel, tensors, lengths, t, acts, c_prev.shape[1], FROM_PRE=False)
 
 
+@overload
+def _rows(x: Tensor) -> Tensor: ...
+@overload
+def _rows(x: Tensor | None) -> Tensor | None: ...
 def _rows(x: Tensor | None) -> Tensor | None:
-    """X as (rows, columns) with contiguous columns."""
+    """View or copy x as (rows, columns) with contiguous columns."""
     if x is None:
         return None
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def lstm_gates(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,13 +142,16 @@ def lstm_gates(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     h = torch.empty(c.shape, dtype=gates.dtype, device=gates.device)
     c_new = torch.empty(c.shape, dtype=c.dtype, device=c.device)
     if c.numel():
-        tensors = (_rows(gates), _rows(c), _rows(h), _rows(c_new), None, None)
+        gates_rows = _rows(gates)
+        tensors = (gates_rows, _rows(c), _rows(h), _rows(c_new), None, None)
         with torch.cuda.device_of(gates):
-            _launch(lstm_gates_fwd_kernel, tensors, None, 0, tensors[0], c.shape[-1])
+            _launch(lstm_gates_fwd_kernel, tensors, None, 0, gates_rows, c.shape[-1])
     return h, c_new
 
 
-def lstm_gates_bwd(dh: Tensor | None, dc_new: Tensor | None, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def lstm_gates_bwd(
+    dh: Tensor | None, dc_new: Tensor | None, gates: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor]:
     """Op `lstm_gates_bwd`: (dgates, dc)."""
     dgates = torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
     dc = torch.empty(c.shape, dtype=c.dtype, device=c.device)

@@ -51,7 +51,9 @@ def prefetches(hidden: int, d_gates: Tensor | None = None, d_c: Tensor | None = 
     return hidden % 16 == 0 and d_gates is None and d_c is None
 
 
-def _why_not_persistent(x: Tensor, w_hh: Tensor, w_hr: Tensor | None, batch_sizes: Tensor | None) -> str | None:
+def _why_not_persistent(
+    x: Tensor, w_hh: Tensor, w_hr: Tensor | None, batch_sizes: Tensor | None
+) -> str | None:
     reason = _triton.why_not(x) or per_step.why_not(x, batch_sizes)
     if reason is not None:
         return reason
@@ -265,7 +267,8 @@ _ENGINES: dict[str, tuple[tuple[str, Callable[..., Any], Callable[..., str | Non
 def candidates(op: str) -> tuple[Candidate, ...]:
     """How Triton can run `op`, a member of the family lstm_recurrence, in order of preference."""
     return tuple(
-        Candidate("triton", run, why_not, devices=_triton.DEVICES, variant=engine) for engine, run, why_not in _ENGINES[op]
+        Candidate("triton", run, why_not, devices=_triton.DEVICES, variant=engine)
+        for engine, run, why_not in _ENGINES[op]
     )
 
 
@@ -290,16 +293,16 @@ def _run(op: str, args: tuple[Any, ...]) -> Any:
     return run(*args)
 
 
-def lstm_recurrence(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def lstm_recurrence(*args: Any) -> Any:
     """Op `lstm_recurrence` on the first engine that can run it."""
     return _run("lstm_recurrence", args)
 
 
-def lstm_recurrence_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def lstm_recurrence_bwd(*args: Any) -> Any:
     """Op `lstm_recurrence_bwd` on the first engine that can run it."""
     return _run("lstm_recurrence_bwd", args)
 
 
-def lstm_recurrence_bwd_bwd(*args: Any) -> tuple[Tensor, ...]:
+def lstm_recurrence_bwd_bwd(*args: Any) -> Any:
     """Op `lstm_recurrence_bwd_bwd` on the first engine that can run it."""
     return _run("lstm_recurrence_bwd_bwd", args)

@@ -1,0 +1,183 @@
+"""Every Triton kernel, in every configuration that the launchers choose, compiles for GPUs without spilling registers.
+
+No GPU is needed. The compilers run in subprocesses without the interpreter, see triton_aot.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fuseblock.kernels import lstm_gates, lstm_recurrence
+
+from fuseblock.launch import _triton
+from fuseblock.launch.triton_lstm_recurrence import PersistentConfig, persistent_config, prefetches
+
+from .triton_aot import SHARED_LIMIT
+
+ARCHITECTURES = (80, 90, 100)
+TRITON_NAME = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+STATE = {"fp64": "fp64", "fp32": "fp32", "bf16": "fp32", "fp16": "fp32"}
+
+#: Arguments of each kernel that hold cell states or their gradients, in the state dtype; others have the inputs' dtype.
+STATE_POINTERS = {
+    "lstm_gates_fwd_kernel": {"c_ptr", "c_new_ptr"},
+    "lstm_gates_bwd_kernel": {"c_ptr", "c_new_ptr", "dc_ptr", "d_c_ptr", "dc_prev_ptr", "dc_total_ptr"},
+    "lstm_gates_bwd_bwd_kernel": {
+        "c_ptr", "c_new_ptr", "dc_ptr", "v_dc_prev_ptr", "a_dc_ptr", "a_c_ptr", "a_c_new_ptr",
+    },
+    "lstm_recurrence_fwd_kernel": {"c0_ptr", "c_n_ptr", "c_ptr"},
+    "lstm_recurrence_bwd_kernel": {"dc_n_ptr", "d_c_ptr", "c_ptr", "c0_ptr", "dc0_ptr"},
+}  # fmt: skip
+
+#: Pointers that the op lstm_gates leaves out; the recurrence's steps may need all of them.
+ABSENT_IN_OP = {
+    "lstm_gates_fwd_kernel": {"acts_ptr", "h_state_ptr", "lengths_ptr"},
+    "lstm_gates_bwd_kernel": {
+        "c_new_ptr", "dy_ptr", "d_c_ptr", "ext_ptr", "dm_keep_ptr", "dc_total_ptr", "lengths_ptr",
+    },
+    "lstm_gates_bwd_bwd_kernel": {"c_new_ptr", "ext_ptr", "a_ext_ptr", "a_c_new_ptr", "a_dm_state_ptr", "lengths_ptr"},
+}  # fmt: skip
+
+
+def _job(
+    module: Any,
+    kernel: str,
+    arch: int,
+    dtype: str,
+    absent: set[str],
+    aligned: bool,
+    warps: int,
+    **constants: Any,
+) -> dict[str, Any]:
+    """A job of triton_aot, with pointers and integers typed by their names."""
+    values: dict[str, Any] = dict.fromkeys(absent) | constants | {"ALIGNED": aligned}
+    signature, divisible = {}, []
+    for name in getattr(module, kernel).arg_names:
+        if name in values:
+            signature[name] = "constexpr"
+        elif name == "lengths_ptr":
+            signature[name] = "*i64"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + (STATE[dtype] if name in STATE_POINTERS[kernel] else dtype)
+        else:
+            signature[name] = "i32"
+            if aligned and name not in ("rows", "t", "n_steps", "batch"):
+                divisible.append(name)
+    shown = ", ".join(f"{k}={v}" for k, v in constants.items())
+    without = f" without {sorted(absent)}" if absent else ""
+    return {
+        "name": f"{kernel} sm_{arch} {dtype} aligned={aligned} {shown}{without}",
+        "module": module.__name__,
+        "kernel": kernel,
+        "arch": arch,
+        "signature": signature,
+        "constants": values,
+        "divisible": divisible,
+        "options": {"num_warps": warps, "num_stages": 1},
+    }
+
+
+def _step_jobs(arch: int, dtype: str, hidden: int, aligned: bool) -> Iterator[dict[str, Any]]:
+    block_r, block_h = _triton.gpu_step_blocks(hidden)
+    common = {"DTYPE": STATE[dtype], "BLOCK_R": block_r, "BLOCK_H": block_h}
+    for kernel, op in itertools.product(ABSENT_IN_OP, (True, False)):
+        from_pre = {} if kernel == "lstm_gates_fwd_kernel" else {"FROM_PRE": op}
+        absent = ABSENT_IN_OP[kernel] if op else set()
+        yield _job(lstm_gates, kernel, arch, dtype, absent, aligned, 4, **from_pre, **common)
+
+
+def _persistent_jobs(
+    arch: int, dtype: torch.dtype, hidden: int, aligned: bool, precision: str
+) -> Iterator[dict[str, Any]]:
+    config = persistent_config(dtype, hidden)
+    assert isinstance(config, PersistentConfig)
+    common = {"PRECISION": precision, "BLOCK_B": 16, "BLOCK_H": config.block_h}
+    extra = torch.empty(0)
+    variants: tuple[tuple[str, set[str], bool], ...] = (
+        ("lstm_recurrence_fwd_kernel", set(), prefetches(hidden)),
+        ("lstm_recurrence_bwd_kernel", {"d_gates_ptr", "d_c_ptr"}, prefetches(hidden)),
+        ("lstm_recurrence_bwd_kernel", set(), prefetches(hidden, extra, extra)),
+    )
+    for kernel, absent, prefetch in variants:
+        yield _job(
+            lstm_recurrence, kernel, arch, TRITON_NAME[dtype], absent, aligned, config.num_warps,
+            PREFETCH=prefetch, **common,
+        )  # fmt: skip
+
+
+def _usual_jobs() -> Iterator[dict[str, Any]]:
+    """The largest tiles; float64 on one architecture, and not float16, whose code is bfloat16's."""
+    yield from _step_jobs(90, "fp64", hidden=128, aligned=True)
+    for arch, dtype in itertools.product(ARCHITECTURES, ("fp32", "bf16")):
+        yield from _step_jobs(arch, dtype, hidden=128, aligned=True)
+    for arch in ARCHITECTURES:
+        yield from _persistent_jobs(arch, torch.bfloat16, 128, True, "ieee")
+        yield from _persistent_jobs(arch, torch.bfloat16, 63, False, "ieee")
+        yield from _persistent_jobs(arch, torch.float32, 63, False, "ieee")
+
+
+def _all_jobs() -> Iterator[dict[str, Any]]:
+    for arch, dtype, hidden in itertools.product(ARCHITECTURES, STATE, (16, 32, 64, 128)):
+        for aligned in (True, False):
+            yield from _step_jobs(arch, dtype, hidden, aligned)
+    for arch, hidden in itertools.product(ARCHITECTURES, (16, 32, 64, 15, 31, 63)):
+        aligned = hidden % 16 == 0
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            yield from _persistent_jobs(arch, dtype, hidden, aligned, "ieee")
+        yield from _persistent_jobs(arch, torch.float32, hidden, aligned, "tf32")
+    for arch, dtype in itertools.product(ARCHITECTURES, (torch.bfloat16, torch.float16)):
+        yield from _persistent_jobs(arch, dtype, 128, True, "ieee")
+
+
+def _compile(jobs: list[dict[str, Any]], tmp_path: Path) -> list[dict[str, Any]]:
+    file = tmp_path / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    root = Path(__file__).resolve().parent.parent
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.triton_aot", str(file)],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def _check(jobs: list[dict[str, Any]], tmp_path: Path, record: Any) -> None:
+    results = _compile(jobs, tmp_path)
+    assert [r["name"] for r in results] == [j["name"] for j in jobs]
+    report = "\n".join(
+        f"{r['registers']:4} registers, stack {r['stack']}, shared {r['shared']:6}: {r['name']}"
+        for r in results
+    )
+    record("triton_resources", report)
+    spilling = [r["name"] for r in results if r["stack"] > 0]
+    assert not spilling, f"spilling: {spilling}\n{report}"
+    for job, result in zip(jobs, results, strict=True):
+        assert result["shared"] <= SHARED_LIMIT[job["arch"]], report
+        # Alignment must reach the memory instructions, through masks and strides.
+        assert result["wide"] or not job["constants"]["ALIGNED"], f"narrow accesses: {result['name']}"
+
+
+def test_usual_configurations_do_not_spill(tmp_path: Path, record_property: Any) -> None:
+    _check(list(_usual_jobs()), tmp_path, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_configurations_do_not_spill(tmp_path: Path, record_property: Any) -> None:
+    _check(list(_all_jobs()), tmp_path, record_property)
