@@ -1,0 +1,176 @@
+"""The command line of the suite."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import cases as registry
+from benchmarks import console, machine, runner, summary
+from benchmarks import providers as peers
+
+SCHEMA = 1
+_OPTIONAL = {"onnx": "no ONNX Runtime rows", "onnxruntime": "no ONNX Runtime rows", "matplotlib": "no plots"}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure fuseblock's LSTM against PyTorch's and ONNX Runtime's. Speed is shown for right results only.",
+    )
+    add = parser.add_argument
+    add("--case", "--only", dest="case", action="append", metavar="GLOB", help="cases to run (repeatable)")
+    add("--mode", action="append", choices=registry.MODES, help="modes to run (repeatable; default: all)")
+    add("--providers", action="append", metavar="GLOB", help="providers to run beside stock (repeatable)")
+    add("--compile", action="store_true", help="also torch.compile of PyTorch's layer")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--dtype", choices=("float32", "float64", "float16", "bfloat16"), default="float32")
+    add("--threads", type=int, default=None, help="CPU threads of all providers (default: PyTorch's)")
+    add("--tf32", action="store_true", help="CUDA: allow TF32 in float32 products, for everyone")
+    add(
+        "--budget",
+        type=float,
+        default=None,
+        metavar="S",
+        help="seconds per provider, case and mode (default 2)",
+    )
+    add(
+        "--rss",
+        action="store_true",
+        help="CPU: also each provider's process peak memory (slow: one process a row)",
+    )
+    add("--seed", type=int, default=0)
+    add("--full", action="store_true", help="also the sizes that take long on a CPU")
+    add("--quick", action="store_true", help="a few tiny cases and short timings, under a minute")
+    add("--json", type=Path, metavar="PATH", help="write results")
+    add("--html", type=Path, metavar="PATH", help="write a self-contained report with plots")
+    add("--list", action="store_true", help="print the cases and stop")
+    return parser
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: it becomes the string ``"inf"``."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def build_report(
+    rows: list[runner.Row], settings: runner.Settings, ceilings: dict[str, float], argv: Sequence[str]
+) -> dict[str, Any]:
+    """Everything that goes to JSON and HTML, as plain values."""
+    return {
+        "schema": SCHEMA,
+        **machine.describe(settings.device),
+        "command": "python -m benchmarks " + " ".join(argv),
+        "parameters": dataclasses.asdict(settings),
+        "ceilings": ceilings,
+        "rows": [_finite(dataclasses.asdict(row)) for row in rows],
+        "classes": summary.classes(rows),
+        # The bars are promises about float32 on a CPU.
+        "bars": summary.bars(rows) if settings.device == "cpu" and settings.dtype == "float32" else [],
+    }
+
+
+def main(argv: Sequence[str] | None = None, available: tuple[peers.Provider, ...] = peers.PROVIDERS) -> int:
+    """Run the suite.
+
+    Args:
+        argv: arguments; default the process's.
+        available: providers to choose from.
+
+    Returns:
+        0, or 1 if a row of fuseblock is red or failed, or 2 for a usage error.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("error: --device cuda, but PyTorch sees no CUDA device", file=sys.stderr)
+        return 2
+    try:
+        cases = registry.select(args.case, quick=args.quick, full=args.full, device=args.device)
+        patterns = args.providers
+        if args.compile:
+            patterns = [*(patterns or [p.name for p in available if p.default]), "compile"]
+        chosen = peers.select(patterns, available)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.list:
+        console.cases_table(cases if args.case or args.quick else registry.CASES)
+        return 0
+
+    for package, consequence in _OPTIONAL.items():
+        if importlib.util.find_spec(package) is None:
+            print(f"note: {package} is not installed: {consequence}", file=sys.stderr)
+    left_out = [case.name for case in registry.select(args.case, full=True) if case not in cases]
+    if left_out and not args.quick:
+        print(f"note: left out without --full: {', '.join(left_out)}", file=sys.stderr)
+
+    load = machine.describe(args.device)["machine"]["load_before"]
+    if load is not None and load > 0.5:
+        print(
+            f"note: the machine is not quiet (load {load:.1f}); times, most of all of two threads, suffer",
+            file=sys.stderr,
+        )
+    settings = runner.Settings(
+        device=args.device,
+        dtype=args.dtype,
+        threads=args.threads or torch.get_num_threads(),
+        seed=args.seed,
+        budget_s=args.budget if args.budget is not None else (0.25 if args.quick else 2.0),
+        rss=args.rss,
+        tf32=args.tf32,
+    )
+    modes = args.mode or list(registry.MODES)
+    rows: list[runner.Row] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        runner.apply(settings)
+        ceilings = machine.ceilings(args.device, settings.torch_dtype, seconds=0.2 if args.quick else 0.5)
+        announce = stack.enter_context(
+            console.progress(sum(mode in c.modes for c in cases for mode in modes))
+        )
+        rows.extend(runner.run(cases, modes, chosen, settings, ceilings, announce))
+
+    report = build_report(rows, settings, ceilings, argv)
+    print(
+        f"{report['machine']['gpu'] or report['machine']['cpu']}, {settings.threads} threads, {settings.dtype}; "
+        f"ceilings: GEMM {ceilings['gemm_gflops']:.0f} GFLOP/s, copy {ceilings['copy_gbytes']:.1f} GB/s"
+    )
+    console.tables(report, rows)
+    _write(report, args.json, args.html)
+    wrong = [row for row in runner.ours(rows) if row.status in (runner.RED, runner.FAILED)]
+    for row in wrong:
+        print(f"error: {row.case} {row.mode} {row.provider}: {row.status}: {row.reason}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _write(report: dict[str, Any], json_path: Path | None, html_path: Path | None) -> None:
+    for path in (json_path, html_path):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if json_path is not None:
+        json_path.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"wrote {json_path}")
+    if html_path is not None:
+        from benchmarks.report import to_html
+
+        html_path.write_text(to_html(report))
+        print(f"wrote {html_path}")

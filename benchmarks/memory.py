@@ -1,0 +1,111 @@
+"""Peak memory of one step, above what was held before it (parameters and inputs do not count; results do).
+
+* CUDA: the caching allocator's own high-water mark.
+* CPU, tensors: every allocation and release of PyTorch's CPU allocator during one step, as the profiler records them;
+  the peak of the running sum. Exact and repeatable in bytes asked for (whether or not they are ever written to), and
+  blind to what libraries allocate for themselves.
+* CPU, process (``--rss``): the kernel's high-water mark of resident memory over one step, in a fresh process for each
+  provider. It sees everything that is touched: ONNX Runtime, oneDNN's scratch, the autograd graph. The kernel counts in
+  batches of pages (resolution some 100 KiB) and blocks under 64 KiB may reuse memory freed before. One warm-up step runs
+  first, freed memory is returned to the system and the mark is reset: caches that a provider keeps count as held before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def peak_of_tensors(step: Callable[[], object], *, cuda: bool) -> int:
+    """Largest number of bytes that tensors hold during ``step()`` above those held before."""
+    gc.collect()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _status(field: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def peak_of_process(step: Callable[[], object]) -> int:
+    """Growth of this process's resident high-water mark over ``step()``, after one warm-up. Linux only."""
+    step()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    _CLEAR.write_text("5")
+    before = _status("VmRSS")
+    step()
+    return max(0, _status("VmHWM") - before)
+
+
+def process_peak_available() -> str | None:
+    """None where `peak_of_process` works, else the reason."""
+    return None if os.access(_CLEAR, os.W_OK) else "needs Linux's /proc/self/clear_refs"
+
+
+def in_fresh_process(case: str, mode: str, provider: str, *, dtype: str, threads: int, seed: int) -> int:
+    """`peak_of_process` of one case in a process of its own.
+
+    Raises:
+        RuntimeError: the process failed; the message is its last line.
+    """
+    command = [sys.executable, "-m", "benchmarks.memory", case, mode, provider]
+    command += ["--dtype", dtype, "--threads", str(threads), "--seed", str(seed)]
+    # Large blocks come straight from the system and go straight back: the mark then follows what is in use.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
+    return int(json.loads(done.stdout.splitlines()[-1])["peak"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print one step's process peak as JSON; what `in_fresh_process` starts."""
+    from benchmarks import cases, providers, workloads
+
+    parser = argparse.ArgumentParser()
+    for name in ("case", "mode", "provider"):
+        parser.add_argument(name)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    (case,) = cases.select([args.case], full=True)
+    provider = next(p for p in providers.PROVIDERS if p.name == args.provider)
+    problem = workloads.make_problem(case, dtype=getattr(torch, args.dtype), device="cpu", seed=args.seed)
+    step, context = provider.step(problem, args.mode)
+    with context():
+        print(json.dumps({"peak": peak_of_process(step)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Runs cases: parity first, then time (interleaved), then memory; one row for each case, mode and provider.
+
+Method: all providers of a case and mode get equal values, are checked against one float64 run (`benchmarks.parity`),
+are timed against each other in one process (`benchmarks.timing`), and each step's peak memory is taken
+(`benchmarks.memory`). A row that fails the check is red and shows no speed-up. Rows that cannot run say why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import memory
+from benchmarks.cases import Case
+from benchmarks.parity import Results, Verdict, check
+from benchmarks.providers import BASE, OURS, Provider
+from benchmarks.timing import Runnable, Spread, interleave, paired_ratio
+from benchmarks.workloads import make_problem
+
+GREEN, RED, UNAVAILABLE, FAILED = "green", "red", "unavailable", "failed"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Parameters of a run; written into the JSON.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: name of a floating dtype.
+        threads: PyTorch's and ONNX Runtime's threads.
+        seed: of parameters and inputs.
+        budget_s: seconds of timing for each provider of a case and mode.
+        rss: also measure the process's peak memory (CPU).
+        tf32: whether CUDA may round float32 products to TF32.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+    seed: int = 0
+    budget_s: float = 2.0
+    rss: bool = False
+    tf32: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
+@dataclass
+class Row:
+    """One provider's result on one case and mode. Times are seconds per call; None means not measured.
+
+    ``speedup_*`` are times of the other over ours, paired; None unless the row is green. ``best_peer`` is the fastest
+    provider that is not fuseblock, red ones included (a peer with larger errors is still a peer, and marked).
+    ``error_over_bound`` at most 1 is green; ``tensor`` is where it was reached.
+    """
+
+    case: str
+    mode: str
+    provider: str
+    status: str
+    reason: str = ""
+    sizes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seconds: Spread | None = None
+    device_seconds: Spread | None = None
+    rounds: int = 0
+    calls: int = 0
+    speedup_stock: Spread | None = None
+    best_peer: str | None = None
+    best_peer_red: bool = False
+    speedup_peer: Spread | None = None
+    gflops: float | None = None
+    gemm_fraction: float | None = None
+    gbytes: float | None = None
+    copy_fraction: float | None = None
+    tensor_peak: int | None = None
+    process_peak: int | None = None
+    error_over_bound: float | None = None
+    tensor: str = ""
+    error: float | None = None
+    bound: float | None = None
+
+
+def apply(settings: Settings) -> None:
+    """Set PyTorch's global switches for a run."""
+    torch.set_num_threads(settings.threads)
+    if settings.device == "cuda":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = settings.tf32
+
+
+def run(
+    cases: list[Case],
+    modes: list[str],
+    providers: list[Provider],
+    settings: Settings,
+    ceilings: dict[str, float],
+    progress: Callable[[str], None] = lambda text: None,
+) -> Iterator[Row]:
+    """Measure; yields rows as they are complete, and reports each case and mode to ``progress`` before it runs.
+
+    Args:
+        cases, modes: what to run; modes that a case does not have are left out.
+        providers: whom to run; the base provider comes first.
+        settings: how.
+        ceilings: from `benchmarks.machine.ceilings`.
+    """
+    for case in cases:
+        for mode in modes:
+            if mode in case.modes:
+                progress(f"{case.name} {mode}")
+                yield from _measure(case, mode, providers, settings, ceilings)
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"[:300]
+
+
+def longest_sum(case: Case) -> int:
+    """Number of terms in the longest chain of sums: through all steps and gates, or over all rows of a gradient."""
+    return case.layers * case.time * max(case.batch, 4 * case.hidden + case.input)
+
+
+def _results(step: Callable[[], Results], context: Callable[[], Any]) -> Results:
+    with context():
+        return {name: tensor.detach() for name, tensor in step().items()}
+
+
+def _measure(
+    case: Case, mode: str, providers: list[Provider], settings: Settings, ceilings: dict[str, float]
+) -> list[Row]:
+    dtype, cuda = settings.torch_dtype, settings.device == "cuda"
+    problem = make_problem(case, dtype=dtype, device=settings.device, seed=settings.seed)
+    stock = next(provider for provider in providers if provider.name == BASE)
+    # Without cuDNN the reference has no limit on T and is independent of what is measured.
+    with torch.backends.cudnn.flags(enabled=False):
+        reference = _results(*stock.step(problem.to(torch.float64), mode))
+
+    rows: dict[str, Row] = {}
+    runnables: dict[str, Runnable] = {}
+    stock_results: Results | None = None
+    sizes = {key: value for key, value in dataclasses.asdict(case).items() if key not in ("name", "modes")}
+    for provider in sorted(providers, key=lambda p: p.name != BASE):
+        row = rows[provider.name] = Row(case.name, mode, provider.name, UNAVAILABLE, sizes=sizes)
+        row.reason = provider.why_not(case, mode, settings.device, dtype) or ""
+        if row.reason:
+            continue
+        # A provider that cannot run a case must not end the run of the others: the row carries its message.
+        try:
+            step, context = provider.step(problem, mode)
+            results = _results(step, context)
+        except Exception as error:
+            row.status, row.reason = FAILED, _one_line(error)
+            continue
+        if provider.name == BASE:
+            stock_results = results
+        verdict = check(results, reference, stock_results, dtype=dtype, terms=longest_sum(case))
+        _note_verdict(row, verdict)
+        runnables[provider.name] = Runnable(step, context)
+    del reference, stock_results
+    gc.collect()
+
+    interleave(list(runnables.values()), budget_s=settings.budget_s, cuda=cuda)
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    for name, runnable in runnables.items():
+        row = rows[name]
+        row.seconds, row.rounds, row.calls = Spread.of(runnable.wall), len(runnable.wall), runnable.calls
+        row.device_seconds = Spread.of(runnable.device) if cuda else None
+        median = (row.device_seconds or row.seconds).median
+        row.gflops = case.flop(mode) / median / 1e9
+        row.gbytes = case.least_bytes(mode, itemsize) / median / 1e9
+        row.gemm_fraction = row.gflops / ceilings["gemm_gflops"]
+        row.copy_fraction = row.gbytes / ceilings["copy_gbytes"]
+        _note_memory(row, runnable, settings)
+    _note_speedups(rows, runnables, {provider.name for provider in providers if provider.peer})
+    return [rows[provider.name] for provider in providers]
+
+
+def _note_verdict(row: Row, verdict: Verdict) -> None:
+    row.status = GREEN if verdict.green else RED
+    row.error_over_bound, row.tensor = verdict.ratio, verdict.tensor
+    row.error, row.bound = verdict.error, verdict.bound
+    if not verdict.green:
+        row.reason = f"{verdict.tensor} is off by {verdict.error:.3g}, bound {verdict.bound:.3g}"
+
+
+def _note_memory(row: Row, runnable: Runnable, settings: Settings) -> None:
+    cuda = settings.device == "cuda"
+    # ONNX Runtime has an allocator of its own: only the process's peak sees it.
+    if row.provider != "onnxruntime":
+        with runnable.context():
+            row.tensor_peak = memory.peak_of_tensors(runnable.step, cuda=cuda)
+    if settings.rss and not cuda:
+        try:
+            row.process_peak = memory.in_fresh_process(
+                row.case,
+                row.mode,
+                row.provider,
+                dtype=settings.dtype,
+                threads=settings.threads,
+                seed=settings.seed,
+            )
+        except RuntimeError as error:
+            row.reason = (row.reason + "; " if row.reason else "") + f"process memory: {error}"
+
+
+def _note_speedups(rows: dict[str, Row], runnables: dict[str, Runnable], peers: set[str]) -> None:
+    """Fill the speed-ups of green rows."""
+    timed = {name: row.seconds.median for name, row in rows.items() if row.seconds is not None}
+    ranked = sorted(peers & timed.keys(), key=lambda name: timed[name])
+    for name in timed:
+        row = rows[name]
+        if row.status != GREEN:
+            continue
+        if BASE in runnables:
+            row.speedup_stock = paired_ratio(runnables[BASE], runnables[name])
+        if ranked and name not in peers:
+            row.best_peer, row.best_peer_red = ranked[0], rows[ranked[0]].status == RED
+            row.speedup_peer = paired_ratio(runnables[ranked[0]], runnables[name])
+
+
+def ours(rows: list[Row]) -> list[Row]:
+    """The rows of what users get: fuseblock with its own choice of engine."""
+    return [row for row in rows if row.provider == OURS]

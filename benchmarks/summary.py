@@ -1,0 +1,167 @@
+"""What the rows add up to: geometric means by class of sizes, and the project's bars, each met or missed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.providers import BASE
+from benchmarks.runner import GREEN, Row, ours
+
+Predicate = Callable[[dict[str, Any]], bool]
+
+
+def _dense(sizes: dict[str, Any]) -> bool:
+    return sizes["fill"] == 1 and not sizes["cell"] and sizes["time"] > 1
+
+
+CLASSES: dict[str, Predicate] = {
+    "H <= 40, B <= 8": lambda s: _dense(s) and s["hidden"] <= 40 and s["batch"] <= 8,
+    "H <= 40, B >= 32": lambda s: _dense(s) and s["hidden"] <= 40 and s["batch"] >= 32,
+    "H <= 64": lambda s: _dense(s) and s["hidden"] <= 64,
+    "H > 64": lambda s: _dense(s) and s["hidden"] > 64,
+    "ragged": lambda s: s["fill"] < 1,
+    "calls": lambda s: s["cell"] or s["time"] == 1,
+}
+
+
+def classes(rows: list[Row]) -> list[dict[str, Any]]:
+    """Geometric mean and worst speed-up against stock and against the best peer, by mode and class of sizes."""
+    result = []
+    for mode in dict.fromkeys(row.mode for row in rows):
+        for name, belongs in CLASSES.items():
+            chosen = [row for row in ours(rows) if row.mode == mode and belongs(row.sizes)]
+            green = [row for row in chosen if row.speedup_stock is not None and row.speedup_peer is not None]
+            if not green:
+                continue
+            stock = [row.speedup_stock.median for row in green if row.speedup_stock]
+            peer = [row.speedup_peer.median for row in green if row.speedup_peer]
+            result.append(
+                {
+                    "mode": mode,
+                    "class": name,
+                    "cases": len(green),
+                    "not_green": len(chosen) - len(green),
+                    "stock_mean": statistics.geometric_mean(stock),
+                    "stock_worst": min(stock),
+                    "peer_mean": statistics.geometric_mean(peer),
+                    "peer_worst": min(peer),
+                }
+            )
+    return result
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A promised speed or size: ``pick`` of the rows that it covers must reach ``least``.
+
+    Attributes:
+        name: the promise in words.
+        mode: mode of the rows, or None for all.
+        covers: on a row's sizes.
+        value: a row's figure, None where it has none.
+        least: what the figure has to reach.
+        mean: whether the geometric mean counts instead of the worst row.
+    """
+
+    name: str
+    mode: str | None
+    covers: Predicate
+    value: Callable[[Row, dict[tuple[str, str], Row]], float | None]
+    least: float
+    mean: bool = False
+
+
+def _stock(row: Row, base: dict[tuple[str, str], Row]) -> float | None:
+    return row.speedup_stock.median if row.speedup_stock else None
+
+
+def _peer(row: Row, base: dict[tuple[str, str], Row]) -> float | None:
+    return row.speedup_peer.median if row.speedup_peer else None
+
+
+def _memory(row: Row, base: dict[tuple[str, str], Row]) -> float | None:
+    stock = base.get((row.case, row.mode))
+    if stock is None or not stock.tensor_peak or not row.tensor_peak:
+        return None
+    return stock.tensor_peak / row.tensor_peak
+
+
+def _every(sizes: dict[str, Any]) -> bool:
+    return True
+
+
+#: The bars for a CPU with two cores.
+BARS: tuple[Bar, ...] = (
+    Bar("train, H <= 40 and B <= 8: 3x stock", "train", CLASSES["H <= 40, B <= 8"], _stock, 3.0),
+    Bar("train, H <= 40 and B >= 32: 1.5x stock", "train", CLASSES["H <= 40, B >= 32"], _stock, 1.5),
+    Bar("train, H <= 64: geometric mean 2.5x stock", "train", CLASSES["H <= 64"], _stock, 2.5, mean=True),
+    Bar("train, anywhere: 0.95x stock", "train", _every, _stock, 0.95),
+    Bar(
+        "forward, H <= 64, B > 1: the best of stock and ONNX Runtime",
+        "forward",
+        lambda s: CLASSES["H <= 64"](s) and s["batch"] > 1,
+        _peer,
+        1.0,
+    ),
+    Bar(
+        "forward, B = 1: 0.95 of the best of stock and ONNX Runtime",
+        "forward",
+        lambda s: _dense(s) and s["batch"] == 1,
+        _peer,
+        0.95,
+    ),
+    Bar("forward, anywhere: 0.95x stock", "forward", lambda s: not s["cell"], _stock, 0.95),
+    Bar("train, ragged, half full: 2.5x stock with PackedSequence", "train", CLASSES["ragged"], _stock, 2.5),
+    Bar("double backward: 2x stock", "double", _every, _stock, 2.0),
+    Bar(
+        "LSTMCell, H 32, B 1, no gradient: at most 1.2x stock's time",
+        "forward",
+        lambda s: s["cell"] and s["hidden"] == 32 and s["batch"] == 1,
+        _stock,
+        1 / 1.2,
+    ),
+    Bar(
+        "peak memory of a training step: not above stock's (ratio stock / ours)",
+        "train",
+        _every,
+        _memory,
+        1.0,
+    ),
+)
+
+
+def bars(rows: list[Row], promised: tuple[Bar, ...] = BARS) -> list[dict[str, Any]]:
+    """Each bar with its figure and verdict: ``met``, ``missed``, or ``not measured``.
+
+    A row that is not green, or has no figure, makes a bar that covers it missed.
+    """
+    base = {(row.case, row.mode): row for row in rows if row.provider == BASE}
+    result = []
+    for bar in promised:
+        figures: list[tuple[float, str]] = []
+        without: list[str] = []
+        for row in ours(rows):
+            if (bar.mode is None or row.mode == bar.mode) and bar.covers(row.sizes):
+                value = bar.value(row, base)
+                if value is None or row.status != GREEN:
+                    without.append(row.case)
+                else:
+                    figures.append((value, row.case))
+        entry: dict[str, Any] = {
+            "bar": bar.name,
+            "least": bar.least,
+            "cases": len(figures),
+            "without": without,
+        }
+        if not figures:
+            entry |= {"value": None, "at": None, "verdict": "missed" if without else "not measured"}
+        else:
+            worst, at = min(figures)
+            value = statistics.geometric_mean([figure for figure, _ in figures]) if bar.mean else worst
+            met = value >= bar.least and not without
+            entry |= {"value": value, "at": None if bar.mean else at, "verdict": "met" if met else "missed"}
+        result.append(entry)
+    return result

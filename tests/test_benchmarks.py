@@ -1,0 +1,318 @@
+"""The benchmark suite itself: its gate, figures, command line and report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The suite's modules, loaded without putting the repository root on sys.path (``kernels`` lies there)."""
+    names = (
+        "cases",
+        "cli",
+        "memory",
+        "onnx_lstm",
+        "parity",
+        "providers",
+        "runner",
+        "summary",
+        "timing",
+        "workloads",
+    )
+    if "benchmarks" not in sys.modules:
+        folder = ROOT / "benchmarks"
+        spec = importlib.util.spec_from_file_location(
+            "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        package = importlib.util.module_from_spec(spec)
+        sys.modules["benchmarks"] = package
+        spec.loader.exec_module(package)
+    return SimpleNamespace(**{name: importlib.import_module(f"benchmarks.{name}") for name in names})
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# --- the gate
+
+
+def pretender(bench, break_results=lambda results: results):
+    """Stock's layer under fuseblock's name, with its results passed through ``break_results``."""
+
+    class Pretender(bench.providers.Stock):
+        peer = False
+
+        def step(self, problem, mode):
+            step, context = super().step(problem, mode)
+            return lambda: break_results(step()), context
+
+    return Pretender(name="fuseblock")
+
+
+def run_cli(bench, tmp_path, provider, *arguments):
+    path = tmp_path / "out.json"
+    argv = ["--budget", "0.01", "--threads", "1", "--json", str(path), *arguments]
+    code = bench.cli.main(argv, available=(bench.providers.Stock(), provider))
+    return code, json.loads(path.read_text())
+
+
+BREAKS = {
+    "an output is off by 1e-5": lambda r: {**r, "y": r["y"] * (1 + 1e-5)},
+    "one gradient is wrong": lambda r: {n: v * 1.001 if n == "d_weight_hh_l1" else v for n, v in r.items()},
+    "an output is missing": lambda r: {n: v for n, v in r.items() if n != "c_n"},
+    "not a number": lambda r: {**r, "h_n": torch.where(r["h_n"] == r["h_n"].max(), torch.nan, r["h_n"])},
+    "wrong shape": lambda r: {**r, "y": r["y"][:-1]},
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_a_wrong_provider_is_red_and_has_no_speed_up(bench, tmp_path, broken):
+    code, report = run_cli(
+        bench, tmp_path, pretender(bench, BREAKS[broken]), "--case", "forecast-t24", "--mode", "train"
+    )
+    assert code == 1
+    (row,) = [row for row in report["rows"] if row["provider"] == "fuseblock"]
+    assert row["status"] == "red"
+    assert float(row["error_over_bound"]) > 1
+    assert row["speedup_stock"] is None
+    assert row["speedup_peer"] is None
+    assert row["seconds"]["median"] > 0
+    (bar,) = [bar for bar in report["bars"] if bar["bar"].startswith("train, anywhere")]
+    assert bar["verdict"] == "missed"
+    assert bar["without"] == ["forecast-t24"]
+
+
+def test_a_wrong_second_derivative_is_red(bench, tmp_path):
+    def wrong(results):
+        return {n: v * 1.01 if n == "dd_weight_ih_l0" else v for n, v in results.items()}
+
+    code, report = run_cli(
+        bench, tmp_path, pretender(bench, wrong), "--case", "forecast-t24", "--mode", "double"
+    )
+    assert code == 1
+    assert report["rows"][-1]["status"] == "red"
+    assert report["rows"][-1]["tensor"] == "dd_weight_ih_l0"
+
+
+def test_a_right_provider_is_green(bench, tmp_path):
+    code, report = run_cli(bench, tmp_path, pretender(bench), "--case", "forecast-t24", "--case", "cell-32")
+    assert code == 0
+    assert {row["status"] for row in report["rows"]} == {"green"}
+    assert all(row["speedup_stock"]["median"] > 0 for row in report["rows"])
+
+
+def test_a_provider_that_raises_is_reported(bench, tmp_path):
+    def fail(results):
+        raise RuntimeError("cannot do this")
+
+    code, report = run_cli(bench, tmp_path, pretender(bench, fail), "--case", "step-32")
+    assert code == 1
+    assert report["rows"][-1]["status"] == "failed"
+    assert "cannot do this" in report["rows"][-1]["reason"]
+
+
+@pytest.mark.parametrize("value", [1.0, 0.75, 3.0, 1e-3, 12345.6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_ulp(bench, value, dtype):
+    value = float(torch.tensor(value, dtype=dtype))
+    above = float(torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(math.inf, dtype=dtype)))
+    assert bench.parity.ulp(value, dtype) == above - value
+
+
+def test_bound_is_twice_stocks_error_plus_one_ulp(bench):
+    reference = {"y": torch.tensor([1.0, 3.0], dtype=torch.float64)}
+    stock = {"y": torch.tensor([1.0, 3.0 + 2**-20])}
+    ulp = 2.0**-22
+    for error, green in ((2 * 2**-20 + ulp, True), (2 * 2**-20 + 2 * ulp, False)):
+        got = {"y": torch.tensor([1.0, 3.0 - error])}
+        verdict = bench.parity.check(got, reference, stock, dtype=torch.float32, terms=1)
+        assert verdict.bound == 2 * 2**-20 + ulp
+        assert verdict.green is green
+
+
+def test_bound_without_stock(bench):
+    reference = {"y": torch.tensor([2.0], dtype=torch.float64)}
+    verdict = bench.parity.check(reference, reference, None, dtype=torch.bfloat16, terms=10)
+    assert verdict.bound == 10 * 2**-7 * 2
+    assert verdict.green
+
+
+# --- providers
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("time_steps", [1, 7])
+def test_onnx_runtime_computes_the_same_layer(bench, bidirectional, time_steps):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    case = bench.cases.Case(
+        "x", "", 5, 3, 4, time_steps, 2, bidirectional, fill=1 if time_steps == 1 else 0.5
+    )
+    problem = bench.workloads.make_problem(case, dtype=torch.float32, device="cpu", seed=0)
+    results = []
+    for provider in (bench.providers.Stock(), bench.providers.OnnxRuntime()):
+        step, context = provider.step(problem, "forward")
+        with context():
+            results.append(step())
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected)
+
+
+def test_no_speed_up_over_a_red_peer_is_hidden(bench):
+    """A peer with larger errors stays a peer; rows say that it was red."""
+    spread = bench.timing.Spread(1.0, 1.0, 1.0)
+    rows = {
+        name: bench.runner.Row("c", "forward", name, status, seconds=replace(spread, median=median))
+        for name, status, median in (
+            ("stock", "green", 3.0),
+            ("peer", "red", 1.0),
+            ("fuseblock", "green", 2.0),
+        )
+    }
+    runs = {
+        name: bench.timing.Runnable(lambda: None, wall=[row.seconds.median]) for name, row in rows.items()
+    }
+    bench.runner._note_speedups(rows, runs, {"stock", "peer"})
+    ours = rows["fuseblock"]
+    assert (ours.best_peer, ours.best_peer_red) == ("peer", True)
+    assert ours.speedup_peer.median == 0.5
+    assert ours.speedup_stock.median == 1.5
+    assert rows["peer"].speedup_stock is None
+
+
+# --- figures
+
+
+def test_flop_of_a_case(bench):
+    case = bench.cases.Case("x", "", 8, 3, 5, 7)
+    rows = 5 * 7
+    assert case.flop("forward") == 2 * rows * 4 * 8 * (3 + 8)
+    assert case.flop("train") == 3 * case.flop("forward")
+    fed = replace(case, input_grad=False)
+    assert case.flop("train") - fed.flop("train") == 2 * rows * 4 * 8 * 3
+
+
+def test_tensor_peak_is_exact(bench):
+    size = 1 << 20
+
+    def step():
+        a = torch.empty(size, dtype=torch.uint8)
+        b = torch.empty(2 * size, dtype=torch.uint8)
+        del a
+        return torch.empty(size, dtype=torch.uint8), b
+
+    assert bench.memory.peak_of_tensors(step, cuda=False) == 3 * size
+
+
+def test_process_peak_sees_what_is_touched(bench):
+    if bench.memory.process_peak_available() is not None:
+        pytest.skip(bench.memory.process_peak_available())
+    size = 64 << 20
+    peak = bench.memory.peak_of_process(lambda: torch.ones(size, dtype=torch.uint8))
+    # The kernel keeps these counters per CPU and adds them up in batches of pages.
+    assert abs(peak - size) < 1 << 20
+
+
+def test_paired_timing(bench):
+    slow = bench.timing.Runnable(lambda: time.sleep(0.02))
+    fast = bench.timing.Runnable(lambda: time.sleep(0.01))
+    bench.timing.interleave([slow, fast], budget_s=0.05)
+    assert len(slow.wall) == len(fast.wall) >= 3
+    assert 1.2 < bench.timing.paired_ratio(slow, fast).median < 3
+
+
+def test_registry(bench):
+    cases = bench.cases.CASES
+    assert len({case.name for case in cases}) == len(cases)
+    quick = bench.cases.select(quick=True)
+    assert {mode for case in quick for mode in case.modes} == set(bench.cases.MODES)
+    assert not any(case.long_on_cpu for case in bench.cases.select())
+    assert len(bench.cases.select(full=True)) == len(bench.cases.select(device="cuda")) == len(cases)
+    assert [case.name for case in bench.cases.select(["language-model"])] == ["language-model"]
+    with pytest.raises(ValueError, match="no case matches 'nothing'"):
+        bench.cases.select(["nothing"])
+
+
+# --- the command line, with the library itself
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--threads", "1", "--budget", "0.01", "--rss"]
+    command += [
+        "--case",
+        "step-32",
+        "--json",
+        str(tmp_path / "out.json"),
+        "--html",
+        str(tmp_path / "out.html"),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["schema"] == 1
+    assert report.keys() >= {
+        "timestamp",
+        "machine",
+        "versions",
+        "git",
+        "command",
+        "parameters",
+        "ceilings",
+        "rows",
+    }
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["git"].keys() == {"commit", "dirty"}
+    assert min(report["ceilings"].values()) > 0
+    rows = {row["provider"]: row for row in report["rows"]}
+    for name in ("stock", "fuseblock"):
+        row = rows[name]
+        assert row["status"] == "green"
+        assert row["seconds"]["q25"] <= row["seconds"]["median"] <= row["seconds"]["q75"]
+        assert row["gflops"] > 0
+        assert row["tensor_peak"] > 0
+        assert row["process_peak"] >= 0
+        assert 0 <= row["error_over_bound"] <= 1
+    page = (tmp_path / "out.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "step-32" in page
+    # Self-contained: nothing is loaded from elsewhere.
+    assert "<script" not in page
+    assert 'src="' not in page
+    if importlib.util.find_spec("matplotlib") is not None:
+        assert page.count("<svg") == 3
+
+
+def test_usage_errors(bench, capsys):
+    assert bench.cli.main(["--case", "nothing"]) == 2
+    assert bench.cli.main(["--providers", "nothing"]) == 2
+    if not torch.cuda.is_available():
+        assert bench.cli.main(["--device", "cuda"]) == 2
+    assert "no case matches" in capsys.readouterr().err
+
+
+def test_list(bench, capsys):
+    assert bench.cli.main(["--list"]) == 0
+    out = capsys.readouterr().out
+    assert all(case.name in out for case in bench.cases.CASES)
