@@ -17,22 +17,31 @@ from fuseblock import _ext, dispatch, ops
 from fuseblock.launch import per_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAMES = ("reference", "cpu", "triton", "cuda") if DEVICE == "cpu" else ("reference", "triton", "cuda")
-FAMILY = ("", "_bwd", "_bwd_bwd")
+_ON_GPU = [pytest.mark.gpu] if DEVICE == "cuda" else []
+NAMES = ["reference", "cpu", pytest.param("triton", marks=_ON_GPU), pytest.param("cuda", marks=_ON_GPU)]
 
 
 class Forced:
-    """The raw operators, run by one backend."""
+    """The raw operators, run by one backend; CPU tensors are moved to the device of the backend and back."""
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.device = DEVICE if name in ("triton", "cuda") else "cpu"
 
     def __getattr__(self, op: str) -> Any:
         def call(*args: Any) -> Any:
             with fuseblock.backend(self.name):
-                return getattr(ops, op)(*args)
+                outputs = getattr(ops, op)(*map(self._moved, args))
+            return tuple(x.cpu() for x in outputs)
 
         return call
+
+    def _moved(self, x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or self.device == "cpu":
+            return x
+        # Strides are part of what is tested, and Tensor.to keeps those of dense tensors only.
+        moved = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=self.device)
+        return moved.copy_(x) if 0 not in x.stride() else x.to(self.device)
 
 
 @contextmanager

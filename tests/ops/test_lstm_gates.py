@@ -103,7 +103,7 @@ def test_missing_cotangents_mean_zeros(forced: Forced, missing: str) -> None:
 
 
 def test_gradcheck_and_gradgradcheck(forced: Forced) -> None:
-    gates, c = (x.requires_grad_() for x in inputs((2, 3), torch.float64))
+    gates, c = (x.to(forced.device).requires_grad_() for x in inputs((2, 3), torch.float64))
     fast = forced.name in ("triton", "cuda")  # interpreted and emulated kernels take milliseconds a call
     with fuseblock.backend(forced.name):
         assert torch.autograd.gradcheck(ops.lstm_gates, (gates, c), fast_mode=fast)

@@ -121,6 +121,8 @@ def test_gradcheck_and_gradgradcheck(forced: Forced, kind: str, directions: int)
     )
     if kind == "projection":
         inputs += leaves((directions, proj, 3))
+    inputs = [x.detach().to(forced.device).requires_grad_() for x in inputs]
+    lengths = None if lengths is None else lengths.to(forced.device)
 
     def layer(*args: Tensor) -> Any:
         w_hr = args[4] if len(args) == 5 else None
