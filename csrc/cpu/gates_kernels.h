@@ -33,8 +33,17 @@ FB_INLINE void store_gates(S* row, int64_t H, const Gates<V>& g, Lanes lanes) {
 }
 
 template <class V>
-FB_INLINE Gates<V> activate(const Gates<V>& a) {
-  return {sigmoid(a.i), sigmoid(a.f), tanh_(a.g), sigmoid(a.o)};
+FB_INLINE Gates<V> activate_gates(const Gates<V>& a) {
+  V x[4] = {a.i, a.f, a.o, a.g};
+  activate<3>(x);
+  return {x[0], x[1], x[3], x[2]};
+}
+
+template <class V>
+FB_INLINE V tanh_of(V v) {
+  V x[1] = {v};
+  activate<0>(x);
+  return x[0];
 }
 
 template <class S>
@@ -60,9 +69,9 @@ struct GatesKernels {
   static void fwd(const cpu::GatesFwd& a, int64_t begin, int64_t end) {
     const int64_t H = a.shape.H;
     for_vectors<C>(begin, end, H, [&](int64_t row, int64_t u, auto lanes) __attribute__((always_inline)) {
-      const Gates<V> s = activate(load_gates<V>(at<S>(a.gates, row * 4 * H + u), H, lanes));
+      const Gates<V> s = activate_gates(load_gates<V>(at<S>(a.gates, row * 4 * H + u), H, lanes));
       const V c_new = s.f * load<C>(at<CS>(a.c, row * H + u), lanes) + s.i * s.g;
-      store(static_cast<S*>(a.h) + row * H + u, s.o * tanh_(c_new), lanes);
+      store(static_cast<S*>(a.h) + row * H + u, s.o * tanh_of(c_new), lanes);
       store(static_cast<CS*>(a.c_new) + row * H + u, c_new, lanes);
     });
   }
@@ -71,9 +80,9 @@ struct GatesKernels {
     const int64_t H = a.shape.H;
     for_vectors<C>(begin, end, H, [&](int64_t row, int64_t u, auto lanes) __attribute__((always_inline)) {
       const int64_t wide = row * 4 * H + u, slim = row * H + u;
-      const Gates<V> s = activate(load_gates<V>(at<S>(a.gates, wide), H, lanes));
+      const Gates<V> s = activate_gates(load_gates<V>(at<S>(a.gates, wide), H, lanes));
       const V c = load<C>(at<CS>(a.c, slim), lanes);
-      const V tanh_c = tanh_(s.f * c + s.i * s.g);
+      const V tanh_c = tanh_of(s.f * c + s.i * s.g);
       const V dh = load_or_zero<C>(at<S>(a.dh, slim), lanes), dc = load_or_zero<C>(at<CS>(a.dc_new, slim), lanes);
       const V zero(C(0));
       const GatesBwd<V> r = lstm_step_bwd(s, c, tanh_c, dh, dc, Gates<V>{zero, zero, zero, zero});
@@ -86,9 +95,9 @@ struct GatesKernels {
     const int64_t H = a.shape.H;
     for_vectors<C>(begin, end, H, [&](int64_t row, int64_t u, auto lanes) __attribute__((always_inline)) {
       const int64_t wide = row * 4 * H + u, slim = row * H + u;
-      const Gates<V> s = activate(load_gates<V>(at<S>(a.gates, wide), H, lanes));
+      const Gates<V> s = activate_gates(load_gates<V>(at<S>(a.gates, wide), H, lanes));
       const V c = load<C>(at<CS>(a.c, slim), lanes);
-      const V tanh_c = tanh_(s.f * c + s.i * s.g);
+      const V tanh_c = tanh_of(s.f * c + s.i * s.g);
       const V dh = load_or_zero<C>(at<S>(a.dh, slim), lanes), dc = load_or_zero<C>(at<CS>(a.dc_new, slim), lanes);
       const V dc_total = dc + dh * s.o * (V(1) - tanh_c * tanh_c), zero(C(0));
       const Gates<V> v = load_gates_or_zero<V>(at<S>(a.v_dgates, wide), H, lanes);

@@ -28,7 +28,7 @@ void recurrence_bwd(const cpu::RecurrenceBwd& a, const Part& part) {
     auto pointwise = [&](V dm, int64_t k, int64_t u, auto lanes) __attribute__((always_inline)) {
       const Gates<V> s = load_gates<V>(sweep.template at<const S>(a.gates, step.t, k, 4 * H, u), H, lanes);
       const Gates<V> ext = load_gates_or_zero<V>(sweep.template at<const S>(a.d_gates, step.t, k, 4 * H, u), H, lanes);
-      const V tanh_c = tanh_(load<C>(sweep.template at<const C>(a.c, step.t, k, H, u), lanes));
+      const V tanh_c = tanh_of(load<C>(sweep.template at<const C>(a.c, step.t, k, H, u), lanes));
       const V c_prev = load<C>(sweep.previous_c(a.c, a.c0, step, k, u), lanes);
       C* dc = sweep.template state<C>(a.dc_carry, k, H, u);
       const V dc_in = load<C>(dc, lanes) + load_or_zero<C>(sweep.template at<const C>(a.d_c, step.t, k, H, u), lanes);

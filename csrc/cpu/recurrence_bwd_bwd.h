@@ -40,7 +40,7 @@ void recurrence_bwd_bwd(const cpu::RecurrenceBwdBwd& a, const Part& part) {
       if (k >= step.leaving) store(sweep.template state<S>(a.a_dh_n, k, P, u), value, lanes);
     };
 
-    auto pointwise = [&](const C* tile, int, int64_t row, int64_t u, int n) __attribute__((always_inline)) {
+    auto pointwise = [&](C* tile, int, int64_t row, int64_t u, int n) __attribute__((always_inline)) {
       with_lanes<C>(u, H, [&](auto lanes) __attribute__((always_inline)) {
         for (int r = 0; r < n; ++r) {
           const int64_t k = row + r;
@@ -51,7 +51,7 @@ void recurrence_bwd_bwd(const cpu::RecurrenceBwdBwd& a, const Part& part) {
           const Gates<V> s = load_gates<V>(sweep.template at<const S>(a.gates, step.t, k, 4 * H, u), H, lanes);
           const Gates<V> ext =
               load_gates_or_zero<V>(sweep.template at<const S>(a.d_gates, step.t, k, 4 * H, u), H, lanes);
-          const V tanh_c = tanh_(load<C>(sweep.template at<const C>(a.c, step.t, k, H, u), lanes));
+          const V tanh_c = tanh_of(load<C>(sweep.template at<const C>(a.c, step.t, k, H, u), lanes));
           const V c_prev = load<C>(sweep.previous_c(a.c, a.c0, step, k, u), lanes);
           C* const slot_c = sweep.template at<C>(a.a_c, step.t, k, H, u);
           C* const slot_d_c = sweep.template at<C>(a.a_d_c, step.t, k, H, u);

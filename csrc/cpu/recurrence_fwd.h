@@ -38,24 +38,50 @@ void recurrence_fwd(const cpu::RecurrenceFwd& a, const Part& part) {
     };
 
     sweep.multiply(part.hidden, h[step.read], P, 0, step.active,
-                   [&](const C* tile, int, int64_t row, int64_t u, int n) __attribute__((always_inline)) {
+                   [&](C* tile, int, int64_t row, int64_t u, int n) __attribute__((always_inline)) {
       with_lanes<C>(u, H, [&](auto lanes) __attribute__((always_inline)) {
-        for (int r = 0; r < n; ++r) {
-          const int64_t k = row + r;
-          const Gates<V> sum = load_gates<V>(tile + r * 4 * V::size, V::size, Full{});
-          const Gates<V> gx = load_gates<V>(sweep.template at<const S>(a.gx, step.t, k, 4 * H, u), H, lanes);
-          const Gates<V> s = activate(Gates<V>{sum.i + gx.i, sum.f + gx.f, sum.g + gx.g, sum.o + gx.o});
-          C* c = sweep.template state<C>(a.c_n, k, H, u);
-          const V c_new = s.f * load<C>(c, lanes) + s.i * s.g;
-          store(c, c_new, lanes);
-          if (a.gates.data) {
-            store_gates(sweep.template at<S>(a.gates, step.t, k, 4 * H, u), H, s, lanes);
-            store(sweep.template at<C>(a.c, step.t, k, H, u), c_new, lanes);
+        // c' of N rows from their sums; c' and o stay in the tile.
+        in_groups<2, 1>(n, [&](int first, auto group) __attribute__((always_inline)) {
+          constexpr int N = group.size;
+          V x[4 * N];  // i, f, o of each row, then every g
+#pragma GCC unroll 4
+          for (int r = 0; r < N; ++r) {
+            const Gates<V> sum = load_gates<V>(tile + (first + r) * 4 * V::size, V::size, Full{});
+            const S* at = sweep.template at<const S>(a.gx, step.t, row + first + r, 4 * H, u);
+            const Gates<V> gx = load_gates<V>(at, H, lanes);
+            x[3 * r] = sum.i + gx.i, x[3 * r + 1] = sum.f + gx.f, x[3 * r + 2] = sum.o + gx.o;
+            x[3 * N + r] = sum.g + gx.g;
           }
-          const V out = s.o * tanh_(c_new);
-          if (projected) store(m + k * H + u, out, lanes);
-          else emit_h(out, k, u, lanes);
-        }
+          activate<3 * N>(x);
+#pragma GCC unroll 4
+          for (int r = 0; r < N; ++r) {
+            const int64_t k = row + first + r;
+            const Gates<V> s{x[3 * r], x[3 * r + 1], x[3 * N + r], x[3 * r + 2]};
+            C* c = sweep.template state<C>(a.c_n, k, H, u);
+            const V c_new = s.f * load<C>(c, lanes) + s.i * s.g;
+            store(c, c_new, lanes);
+            store(tile + (first + r) * 4 * V::size, c_new, Full{});
+            store(tile + ((first + r) * 4 + 1) * V::size, s.o, Full{});
+            if (a.gates.data) {
+              store_gates(sweep.template at<S>(a.gates, step.t, k, 4 * H, u), H, s, lanes);
+              store(sweep.template at<C>(a.c, step.t, k, H, u), c_new, lanes);
+            }
+          }
+        });
+        in_groups<4, 2, 1>(n, [&](int first, auto group) __attribute__((always_inline)) {
+          constexpr int N = group.size;
+          V x[N];
+#pragma GCC unroll 4
+          for (int r = 0; r < N; ++r) x[r] = load<C>(tile + (first + r) * 4 * V::size, Full{});
+          activate<0>(x);
+#pragma GCC unroll 4
+          for (int r = 0; r < N; ++r) {
+            const V m_row = load<C>(tile + ((first + r) * 4 + 1) * V::size, Full{}) * x[r];
+            const int64_t k = row + first + r;
+            if (projected) store(m + k * H + u, m_row, lanes);
+            else emit_h(m_row, k, u, lanes);
+          }
+        });
       });
     });
     if (projected) {

@@ -68,16 +68,28 @@ FB_VEC_OPERATOR(-)
 FB_VEC_OPERATOR(*)
 FB_VEC_OPERATOR(/)
 #undef FB_VEC_OPERATOR
+template <class L>
+FB_INLINE Vec<L> operator-(Vec<L> a) { return Vec<L>(-a.raw); }
 
 // min and max return `v` where it is NaN, which is what the x86 instructions do with this operand order.
 template <class L>
 FB_INLINE Vec<L> min(Vec<L> bound, Vec<L> v) {
+#if FB_VEC_BYTES == 64  // GCC turns the comparison into two instructions there
+  if constexpr (sizeof(L) == 4) return Vec<L>((typename Vec<L>::Raw)_mm512_maskz_min_ps(-1, bound.raw, v.raw));
+  else return Vec<L>((typename Vec<L>::Raw)_mm512_maskz_min_pd(-1, bound.raw, v.raw));
+#else
   return Vec<L>(bound.raw < v.raw ? bound.raw : v.raw);
+#endif
 }
 
 template <class L>
 FB_INLINE Vec<L> max(Vec<L> bound, Vec<L> v) {
+#if FB_VEC_BYTES == 64
+  if constexpr (sizeof(L) == 4) return Vec<L>((typename Vec<L>::Raw)_mm512_maskz_max_ps(-1, bound.raw, v.raw));
+  else return Vec<L>((typename Vec<L>::Raw)_mm512_maskz_max_pd(-1, bound.raw, v.raw));
+#else
   return Vec<L>(bound.raw > v.raw ? bound.raw : v.raw);
+#endif
 }
 
 template <class L>
@@ -93,31 +105,31 @@ FB_INLINE Vec<L> copy_sign(Vec<L> magnitude, Vec<L> sign) {
   return Vec<L>((typename Vec<L>::Raw)(magnitude.bits() | (sign.bits() & sign_bit)));
 }
 
-// 0 where x < bound, else value (also where x is NaN).
-template <class L>
-FB_INLINE Vec<L> zero_below(Vec<L> x, Vec<L> bound, Vec<L> value) {
-  return Vec<L>((typename Vec<L>::Raw)(value.bits() & ~(x.raw < bound.raw)));
-}
-
 // 2^n from the bits of n + magic (ExpConstants): the low mantissa bits hold the biased exponent.
 template <class L>
 FB_INLINE Vec<L> pow2_bits(Vec<L> shifted) {
   return Vec<L>((typename Vec<L>::Raw)(shifted.bits() << Register<L>::mantissa));
 }
 
-// a / b for finite positive b. AVX-512 divides 16 floats in 16 cycles; a refined reciprocal takes 5. (The masked forms of
-// the intrinsics are full-width here; GCC warns about the undefined operand of the plain ones.)
-template <class L>
-FB_INLINE Vec<L> quotient(Vec<L> a, Vec<L> b) {
+// d[j] = 1 / d[j] for j < S, d[j] / (d[j] + 2) for the others; divisors are positive and finite, or NaN. AVX-512 divides
+// 16 floats in 16 cycles; a reciprocal and its refinement take 5. (The masked intrinsics are full-width here; GCC 12 warns
+// about the undefined operand of the plain ones.)
+template <int S, int N, class L>
+FB_INLINE void quotients(Vec<L> (&d)[N]) {
+#define FB_EACH _Pragma("GCC unroll 16") for (int j = 0; j < N; ++j)
 #if FB_VEC_BYTES == 64
   if constexpr (sizeof(L) == 4) {
-    const Vec<L> r0((typename Vec<L>::Raw)_mm512_maskz_rcp14_ps(0xffff, (__m512)b.raw));
-    const Vec<L> r = r0 + r0 * (Vec<L>(1) - b * r0);
-    const Vec<L> q = a * r;
-    return q + r * (a - b * q);
+    Vec<L> b[N], r[N], e[N];
+    FB_EACH b[j] = j < S ? d[j] : d[j] + Vec<L>(2);
+    FB_EACH r[j].raw = _mm512_maskz_rcp14_ps(-1, b[j].raw);
+    FB_EACH e[j] = Vec<L>(1) - b[j] * r[j];
+    FB_EACH r[j] = r[j] + r[j] * e[j];
+    FB_EACH d[j] = j < S ? r[j] : d[j] * r[j];
+    return;
   }
 #endif
-  return a / b;
+  FB_EACH d[j] = j < S ? Vec<L>(1) / d[j] : d[j] / (d[j] + Vec<L>(2));
+#undef FB_EACH
 }
 
 // ---- memory -----------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ struct Sweep {
       const int64_t vector = first_vector(m, b);
       const int vecs = m.gates ? 4 : (int)(first_vector(m, b + 1) - vector);
       const C* w = static_cast<const C*>(m.packed) + vector * (m.gates ? 4 : 1) * m.K * V::size;
-      for_tiles<C>(w, vecs, K, x, m.K, begin, end, [&](const C* tile, int64_t row, int n) __attribute__((always_inline)) {
+      for_tiles<C>(w, vecs, K, x, m.K, begin, end, [&](C* tile, int64_t row, int n) __attribute__((always_inline)) {
         f(tile, vecs, row, vector * V::size, n);
       });
     }
@@ -109,7 +109,7 @@ struct Sweep {
   template <class F>
   FB_INLINE void multiply_flat(const PackedMatrix& m, const C* x, int64_t K, int64_t begin, int64_t end, F&& f) const {
     multiply(m, x, K, begin, end,
-             [&](const C* tile, int vecs, int64_t row, int64_t u0, int n) __attribute__((always_inline)) {
+             [&](C* tile, int vecs, int64_t row, int64_t u0, int n) __attribute__((always_inline)) {
       for (int r = 0; r < n; ++r)
         for (int v = 0; v < vecs; ++v) {
           const V sum = load<C>(tile + (r * vecs + v) * V::size, Full{});

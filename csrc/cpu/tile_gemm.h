@@ -21,8 +21,20 @@ constexpr int kTileRows = 2;
 #endif
 constexpr int kTileVecs = 4;
 
+// Keeps a value in a register: GCC would load a weight again for every row that uses it.
+#if defined(__x86_64__)
+#define FB_PIN(raw) asm("" : "+v"(raw))
+#elif defined(__aarch64__)
+#define FB_PIN(raw) asm("" : "+w"(raw))
+#else
+#define FB_PIN(raw)
+#endif
+
 // Few accumulators do not hide the latency of a multiply-add, so K is then split over several sets of them.
-constexpr int tile_sets(int accumulators) { return accumulators >= 8 ? 1 : accumulators >= 4 ? 2 : 4; }
+constexpr int tile_sets(int accumulators) {
+  constexpr int most = kTileRows * kTileVecs;
+  return accumulators > most / 2 ? 1 : accumulators > most / 4 ? 2 : 4;
+}
 
 template <class C, int R, int NV>
 __attribute__((noinline)) void tile_gemm(int64_t K, const C* __restrict w, const C* __restrict x, int64_t ldx,
@@ -38,14 +50,15 @@ __attribute__((noinline)) void tile_gemm(int64_t K, const C* __restrict w, const
       for (int v = 0; v < NV; ++v) acc[s][r][v] = V(C(0));
 
   auto multiply = [&](int64_t k, V(&a)[R][NV]) __attribute__((always_inline)) {
-    V wk[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) wk[v] = load<C>(w + (k * NV + v) * V::size, Full{});
+    V xk[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const V xr(x[r * ldx + k]);
+    for (int r = 0; r < R; ++r) xk[r] = V(x[r * ldx + k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) a[r][v] = a[r][v] + xr * wk[v];
+    for (int v = 0; v < NV; ++v) {
+      V wk = load<C>(w + (k * NV + v) * V::size, Full{});
+      FB_PIN(wk.raw);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) a[r][v] = a[r][v] + xk[r] * wk;
     }
   };
   int64_t k = 0;
@@ -106,8 +119,21 @@ FB_INLINE void for_tiles(const C* w, int vecs, int64_t K, const C* x, int64_t ld
     const int64_t row = begin + n * part / parts;
     const int rows = (int)(begin + n * (part + 1) / parts - row);
     tile_fn<C>(rows, vecs)(K, w, x + row * ldx, ldx, tile);
-    f((const C*)tile, row, rows);
+    if (rows > kTileRows) __builtin_unreachable();  // keeps the compiler from warning about overrunning the tile
+    f(tile, row, rows);
   }
+}
+
+// Calls f(first, group) with groups of Sizes... rows, as many of each size as fit, in descending order of size.
+template <int Size>
+struct Group {
+  static constexpr int size = Size;
+};
+
+template <int Size, int... Smaller, class F>
+FB_INLINE void in_groups(int n, F&& f, int first = 0) {
+  for (; first + Size <= n; first += Size) f(first, Group<Size>{});
+  if constexpr (sizeof...(Smaller) > 0) in_groups<Smaller...>(n, f, first);
 }
 
 // ---- packing ----------------------------------------------------------------------------------------------------

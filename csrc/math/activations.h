@@ -4,9 +4,9 @@
 //   sigmoid(x) = 1 / (1 + e^-x)
 //   tanh(x) = m / (m + 2) with m = expm1(2|x|) = s p + (s - 1), so that small arguments keep their relative accuracy
 //
-// V needs: V::Lane, arithmetic, min(bound, v) and max(bound, v) that pass a NaN in v on, quotient(), copy_sign(),
-// abs(), zero_below() and pow2_bits() (see csrc/cpu/simd.h). NaN stays NaN and infinities reach the exact limits;
-// sigmoid below the smallest normal number is flushed to 0.
+// V needs: V::Lane, arithmetic, min(bound, v) and max(bound, v) that pass a NaN in v on, copy_sign(), abs(),
+// pow2_bits(), and quotients<S>(d), which turns d[j] into 1 / d[j] for j < S and d[j] / (d[j] + 2) for the others (see
+// csrc/cpu/simd.h). NaN stays NaN; infinities reach the exact limits where subnormal numbers are flushed to 0.
 #pragma once
 
 #include "lstm_gates.h"
@@ -21,7 +21,7 @@ struct ExpConstants<float> {
   static constexpr float log2e = 1.44269504088896341f;
   static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;  // n * ln2_hi is exact for |n| < 2^15
   static constexpr float magic = 12582912.f + 127.f;  // adding it rounds to an integer and biases the exponent
-  static constexpr float sigmoid_max = 87.f, sigmoid_zero = -87.f, tanh_max = 10.f;
+  static constexpr float exp_max = 88.3f, tanh_max = 10.f;  // 1 / (1 + e^exp_max) is subnormal
   static constexpr float poly[] = {0.5f, 0.16666576845993976f, 0.041666554437685939f, 0.0083632029715758549f,
                                    0.0013926213466332443f};
 };
@@ -31,7 +31,7 @@ struct ExpConstants<double> {
   static constexpr double log2e = 1.44269504088896340736;
   static constexpr double ln2_hi = 6.93147180369123816490e-01, ln2_lo = 1.90821492927058770002e-10;
   static constexpr double magic = 6755399441055744. + 1023.;
-  static constexpr double sigmoid_max = 708., sigmoid_zero = -708., tanh_max = 20.;
+  static constexpr double exp_max = 709.4, tanh_max = 20.;
   static constexpr double poly[] = {0.5,
                                     0.16666666666666671008,
                                     0.041666666666666669767,
@@ -45,38 +45,41 @@ struct ExpConstants<double> {
                                     2.0914717341716375952e-9};
 };
 
-// e^x = scale * (1 + p); |x| must be within the exponent range.
-template <class V>
-FB_HD void exp_parts(V x, V& scale, V& p) {
+// e^x = scale * (1 + p) for each x[j]; |x| must be within the exponent range. The chains of N vectors are interleaved
+// step by step: one chain alone waits four cycles for every instruction, and a core's scheduler does not look far enough
+// ahead to overlap chains that are written one after the other.
+template <int N, class V>
+FB_HD void exp_parts(const V (&x)[N], V (&scale)[N], V (&p)[N]) {
   using K = ExpConstants<typename V::Lane>;
   constexpr int terms = sizeof(K::poly) / sizeof(K::poly[0]);
-  const V shifted = x * V(K::log2e) + V(K::magic);
-  const V n = shifted - V(K::magic);
-  const V r = (x - n * V(K::ln2_hi)) - n * V(K::ln2_lo);
-  V q = V(K::poly[terms - 1]);
+  V shifted[N], r[N];
+#define FB_EACH _Pragma("GCC unroll 16") for (int j = 0; j < N; ++j)
+  FB_EACH shifted[j] = x[j] * V(K::log2e) + V(K::magic);
+  FB_EACH r[j] = shifted[j] - V(K::magic);
+  FB_EACH scale[j] = x[j] - r[j] * V(K::ln2_hi);
+  FB_EACH r[j] = scale[j] - r[j] * V(K::ln2_lo);
+  FB_EACH p[j] = V(K::poly[terms - 1]);
 #pragma GCC unroll 16
-  for (int k = terms - 2; k >= 0; --k) q = q * r + V(K::poly[k]);
-  p = (r * r) * q + r;
-  scale = pow2_bits(shifted);
+  for (int k = terms - 2; k >= 0; --k) {
+    FB_EACH p[j] = p[j] * r[j] + V(K::poly[k]);
+  }
+  FB_EACH scale[j] = r[j] * r[j];
+  FB_EACH p[j] = scale[j] * p[j] + r[j];
+  FB_EACH scale[j] = pow2_bits(shifted[j]);
 }
 
-template <class V>
-FB_HD V sigmoid(V x) {
+// sigmoid of the first S vectors, tanh of the others, in place.
+template <int S, int N, class V>
+FB_HD void activate(V (&x)[N]) {
   using K = ExpConstants<typename V::Lane>;
-  const V limited = max(V(-K::sigmoid_max), min(V(K::sigmoid_max), x));
-  V scale, p;
-  exp_parts(V(0) - limited, scale, p);
-  return zero_below(x, V(K::sigmoid_zero), quotient(V(1), scale * p + (scale + V(1))));
-}
-
-template <class V>
-FB_HD V tanh_(V x) {
-  using K = ExpConstants<typename V::Lane>;
-  const V twice = min(V(2 * K::tanh_max), abs(x) + abs(x));
-  V scale, p;
-  exp_parts(twice, scale, p);
-  const V m = scale * p + (scale - V(1));
-  return copy_sign(quotient(m, m + V(2)), x);
+  V limited[N], scale[N], p[N];
+  FB_EACH limited[j] = j < S ? -max(V(-K::exp_max), min(V(K::exp_max), x[j]))
+                             : min(V(2 * K::tanh_max), abs(x[j]) + abs(x[j]));
+  exp_parts(limited, scale, p);
+  FB_EACH p[j] = scale[j] * p[j] + (j < S ? scale[j] + V(1) : scale[j] - V(1));
+  quotients<S>(p);
+  FB_EACH x[j] = j < S ? p[j] : copy_sign(p[j], x[j]);
+#undef FB_EACH
 }
 
 }  // namespace fuseblock
