@@ -30,18 +30,17 @@ OBJECTS = ROOT / "build" / "native"
 MINIMUM_TORCH = (2, 11)
 CXX_FLAGS = shlex.split("-std=c++20 -O3 -fno-math-errno -fno-trapping-math -fPIC -fvisibility=hidden -Wall")
 STABLE_ABI = ["-DPy_LIMITED_API=0x03090000", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-PTXAS_FLAGS = "-Xptxas=-v,--warn-on-spills,--warning-as-error"
-NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", PTXAS_FLAGS]
+NVCC_FLAGS = shlex.split("-std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden")
+NVCC_FLAGS += ["-Xptxas=-v,--warn-on-spills,--warning-as-error"]
 ARCHITECTURES = ("80", "90a", "100")
 
 
-class Missing(Exception):
+class NotFoundError(Exception):
     """A tool that the native build needs is absent."""
 
 
 def choice(name: str) -> str:
-    value = os.environ.get(name, "auto")
-    if value not in ("auto", "0", "1"):
+    if (value := os.environ.get(name, "auto")) not in ("auto", "0", "1"):
         raise SystemExit(f"{name} must be auto, 0 or 1, got {value!r}")
     return value
 
@@ -63,21 +62,21 @@ def version_line(tool: str) -> str:
 
 def find_cxx() -> list[str]:
     if not sys.platform.startswith("linux"):
-        raise Missing(f"the native library is built on Linux only, not on {sys.platform}")
+        raise NotFoundError(f"the native library is built on Linux only, not on {sys.platform}")
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     for candidate in map(shlex.split, candidates):
         if shutil.which(candidate[0]):
             return candidate
-    raise Missing(f"no C++ compiler found (looked for {', '.join(candidates)})")
+    raise NotFoundError(f"no C++ compiler found (looked for {', '.join(candidates)})")
 
 
 def find_torch() -> Path:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise Missing("torch is not installed where the build runs (use pip install --no-build-isolation)")
+        raise NotFoundError("torch is not installed where the build runs (pip install --no-build-isolation)")
     version = importlib.metadata.version("torch")
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MINIMUM_TORCH:
-        raise Missing(f"torch {version} is older than {'.'.join(map(str, MINIMUM_TORCH))}")
+        raise NotFoundError(f"torch {version} is older than {'.'.join(map(str, MINIMUM_TORCH))}")
     return Path(spec.origin).parent
 
 
@@ -86,15 +85,15 @@ def find_cuda() -> Path:
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name):
             if not Path(os.environ[name], "bin/nvcc").exists():
-                raise Missing(f"{name}={os.environ[name]} has no bin/nvcc")
+                raise NotFoundError(f"{name}={os.environ[name]} has no bin/nvcc")
             return Path(os.environ[name])
     if nvcc := shutil.which("nvcc"):
         dryrun = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], check=False, capture_output=True, text=True)
-        if top := re.search(r"^#\$ TOP=(.*)$", dryrun.stderr + dryrun.stdout, re.MULTILINE):
+        if top := re.search(r"TOP=(.*)", dryrun.stderr + dryrun.stdout):
             return Path(top[1].strip()).resolve()
     if Path("/usr/local/cuda/bin/nvcc").exists():
         return Path("/usr/local/cuda")
-    raise Missing("nvcc not found: set CUDA_HOME or put nvcc on PATH")
+    raise NotFoundError("nvcc not found: set CUDA_HOME or put nvcc on PATH")
 
 
 def cuda_link_flags(home: Path) -> list[str]:
@@ -102,7 +101,7 @@ def cuda_link_flags(home: Path) -> list[str]:
         if (home / folder / "libcudart_static.a").exists():
             libraries = "-lcudart_static -Wl,--exclude-libs,ALL -ldl -lrt -lpthread"
             return [f"-L{home / folder}", *shlex.split(libraries)]
-    raise Missing(f"no libcudart_static.a under {home}")
+    raise NotFoundError(f"no libcudart_static.a under {home}")
 
 
 def architecture_flags(nvcc: str) -> tuple[list[str], list[str]]:
@@ -151,8 +150,8 @@ def kernel_report(log: str) -> list[dict[str, object]]:
         numbers = {key: int(match[key] or 0) for key in ("registers", "shared", "stack", "spills")}
         rows.append({"kernel": match["kernel"], "architecture": match["architecture"], **numbers})
     if rows and shutil.which("c++filt"):
-        names = run(["c++filt", *(str(row["kernel"]) for row in rows)]).splitlines()
-        rows = [{**row, "kernel": name} for row, name in zip(rows, names, strict=True)]
+        names = run(["c++filt", *(str(row["kernel"]) for row in rows)]).replace("void ", "").splitlines()
+        rows = [{**row, "kernel": name.rsplit("(", 1)[0]} for row, name in zip(rows, names, strict=True)]
     return rows
 
 
@@ -169,11 +168,12 @@ class BuildNative(build_ext):
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
                 if choice("FUSEBLOCK_BUILD_NATIVE") == "0":
-                    raise Missing("switched off by FUSEBLOCK_BUILD_NATIVE=0")
+                    raise NotFoundError("switched off by FUSEBLOCK_BUILD_NATIVE=0")
                 cxx, torch = find_cxx(), find_torch()
-            except Missing as missing:
+            except NotFoundError as missing:
                 if choice("FUSEBLOCK_BUILD_NATIVE") == "1":
                     raise SystemExit(f"fuseblock: {missing}") from None
+                (self.folder / "_C.abi3.so").unlink(missing_ok=True)
                 self.report["reason"] = str(missing)
                 self.warn(f"building without the native library: {missing}")
             else:
@@ -183,11 +183,10 @@ class BuildNative(build_ext):
     def build_native(self, cxx: list[str], torch: Path) -> None:
         cuda_objects, cuda_define, cuda_link = self.compile_cuda()
         common = [*cxx, *CXX_FLAGS, *cuda_define, f"-I{sysconfig.get_path('include')}", f"-I{ROOT / 'csrc'}"]
-        headers = [f"-isystem{torch / 'include'}", f"-isystem{torch / 'include/torch/csrc/api/include'}"]
-        command = [*common, *STABLE_ABI, *headers]
+        command = [*common, *STABLE_ABI, f"-isystem{torch / 'include'}"]
         objects = self.compile_all(command, "csrc/cpu/*.cpp", "csrc/torch/*.cpp")[0]
-        libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-        self.link(cxx, [*objects, *cuda_objects], [*libraries, *cuda_link], "_C.abi3.so")
+        libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", *cuda_link]
+        self.link(cxx, [*objects, *cuda_objects], libraries, "_C.abi3.so")
         self.report |= {"native": True, "compiler": version_line(cxx[0]), "flags": CXX_FLAGS + STABLE_ABI}
         if self.in_tree and importlib.util.find_spec("pybind11") and (ROOT / "csrc/introspect.cpp").exists():
             import pybind11
@@ -201,9 +200,9 @@ class BuildNative(build_ext):
         """Objects of csrc/cuda, the flags that compile code against them, and the flags that link them."""
         try:
             if choice("FUSEBLOCK_BUILD_CUDA") == "0":
-                raise Missing("switched off by FUSEBLOCK_BUILD_CUDA=0")
+                raise NotFoundError("switched off by FUSEBLOCK_BUILD_CUDA=0")
             link = cuda_link_flags(home := find_cuda())
-        except Missing as missing:
+        except NotFoundError as missing:
             if choice("FUSEBLOCK_BUILD_CUDA") == "1":
                 raise SystemExit(f"fuseblock: {missing}") from None
             self.report["cuda_reason"] = str(missing)

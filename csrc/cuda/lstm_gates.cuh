@@ -14,7 +14,8 @@
 
 namespace fuseblock {
 
-inline constexpr int kLstmStepThreads = 256;
+// Small blocks: the widest kernels take up to 144 registers a thread, and three blocks still fit on a multiprocessor.
+inline constexpr int kLstmStepThreads = 128;
 
 // Where this thread works. threadIdx.x, blockIdx.y: units; threadIdx.y, blockIdx.x: rows.
 template <int N>

@@ -39,7 +39,9 @@ def _cuda_include() -> Path:
     if nvcc := shutil.which("nvcc"):
         dryrun = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False)
         output = dryrun.stderr + dryrun.stdout
-        candidates += [Path(line.split("TOP=", 1)[1].strip()) for line in output.splitlines() if "TOP=" in line]
+        candidates += [
+            Path(line.split("TOP=", 1)[1].strip()) for line in output.splitlines() if "TOP=" in line
+        ]
     candidates.append(Path("/usr/local/cuda"))
     for home in candidates:
         if (home / "include" / "cuda_bf16.h").exists():
@@ -96,7 +98,15 @@ def build(
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         sanitize = [flag for flag in kernel_flags if flag.startswith("-fsanitize")]
-        link = [gxx, *(["-shared"] if module else []), *sanitize, *objects, "-lpthread", "-o", f"{target}.new"]
+        link = [
+            gxx,
+            *(["-shared"] if module else []),
+            *sanitize,
+            *objects,
+            "-lpthread",
+            "-o",
+            f"{target}.new",
+        ]
         _run(link)
         os.replace(f"{target}.new", target)
     return target

@@ -21,7 +21,11 @@ class EmulatedCuda:
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
-        self.step_fwd, self.step_bwd, self.step_bwd_bwd = module.step_fwd, module.step_bwd, module.step_bwd_bwd
+        self.step_fwd, self.step_bwd, self.step_bwd_bwd = (
+            module.step_fwd,
+            module.step_bwd,
+            module.step_bwd_bwd,
+        )
         self.set_seed, self.set_workers = module.set_seed, module.set_workers
 
     def lstm_gates(self, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

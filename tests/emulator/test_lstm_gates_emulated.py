@@ -108,7 +108,13 @@ class Operands:
     def twin(self, x: Tensor | int | None) -> Tensor | int | None:
         return self.twins[id(x)] if isinstance(x, Tensor) and id(x) in self.twins else x
 
-    def check(self, step: Callable[..., None], plain: Callable[..., None], args: dict[str, object], outputs: list[str]) -> None:
+    def check(
+        self,
+        step: Callable[..., None],
+        plain: Callable[..., None],
+        args: dict[str, object],
+        outputs: list[str],
+    ) -> None:
         """Run both; every output must agree everywhere, untouched elements included."""
         step(*args.values())
         plain(*(self.twin(x) for x in args.values()))
@@ -122,7 +128,13 @@ class Operands:
 
 STEP_CASES = [
     (hidden, layout, lengths, full)
-    for hidden, layout in [(3, "contiguous"), (8, "contiguous"), (16, "gaps"), (129, "gaps"), (16, "unaligned")]
+    for hidden, layout in [
+        (3, "contiguous"),
+        (8, "contiguous"),
+        (16, "gaps"),
+        (129, "gaps"),
+        (16, "unaligned"),
+    ]
     for lengths in (None, (3, 0, 1, 2, 7))
     for full in (False, True)
 ]
@@ -145,7 +157,12 @@ def test_step_fwd(emulated_cuda: EmulatedCuda, hidden, layout, lengths, full, dt
         "h_state": is_.empty(hidden, dtype) if full and lengths else None,
     }
     is_.unread(args["pre"])
-    is_.check(emulated_cuda.step_fwd, plain_lstm.PlainSteps.step_fwd, args, ["h_out", "c_out", "acts_out", "h_state"])
+    is_.check(
+        emulated_cuda.step_fwd,
+        plain_lstm.PlainSteps.step_fwd,
+        args,
+        ["h_out", "c_out", "acts_out", "h_state"],
+    )
 
 
 def saved_step(is_: Operands) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,14 +223,23 @@ def test_step_bwd_bwd(emulated_cuda: EmulatedCuda, hidden, layout, lengths, full
         "a_dm_state": is_.empty(hidden, dtype) if full and lengths else None,
     }
     is_.unread(acts, c_prev, c_new, args["dm"], args["dc_total"], args["ext"], args["v"])
-    is_.check(emulated_cuda.step_bwd_bwd, plain_lstm.PlainSteps.step_bwd_bwd, args, [name for name in args if name[:2] == "a_"])
+    is_.check(
+        emulated_cuda.step_bwd_bwd,
+        plain_lstm.PlainSteps.step_bwd_bwd,
+        args,
+        [name for name in args if name[:2] == "a_"],
+    )
 
 
 def test_outputs_may_be_inputs(emulated_cuda: EmulatedCuda) -> None:
     for hidden in (5, 8):
         is_ = Operands(hidden, torch.bfloat16, "contiguous", (3, 0, 1, 2, 7))
         pre, c = is_.gates(), is_.states()
-        h, apart, c_apart = is_.empty(hidden, is_.dtype), is_.empty(4 * hidden, is_.dtype), is_.empty(hidden, is_.state)
+        h, apart, c_apart = (
+            is_.empty(hidden, is_.dtype),
+            is_.empty(4 * hidden, is_.dtype),
+            is_.empty(hidden, is_.state),
+        )
         emulated_cuda.step_fwd(pre, c, h, c_apart, apart, is_.lengths, 1, None)
         emulated_cuda.step_fwd(pre, c, h, c, pre, is_.lengths, 1, None)
         assert torch.equal(pre, apart)

@@ -35,26 +35,32 @@ constexpr unsigned kWarp = 32;
 constexpr size_t kStaticSharedLimit = 48 << 10;
 constexpr size_t kSharedLimit = 227 << 10;
 constexpr int kCooperativeBlockLimit = 256;
+constexpr size_t kSharedArrayLimit = 64;
 
 std::atomic<unsigned> g_seed{0};
 std::atomic<int> g_workers{static_cast<int>(std::max(1u, std::thread::hardware_concurrency()))};
 
 struct Barrier {
+  unsigned mask = 0;  // of the lanes that meet, in a warp
   unsigned arrived = 0;
   uint64_t generation = 0;
   const char* operation = nullptr;
 };
 
+// Nothing here allocates memory while threads run: ThreadSanitizer watches the heap.
 struct Warp {
-  // One barrier per mask in use: disjoint groups of a warp may be in different collectives.
-  std::vector<std::pair<unsigned, std::unique_ptr<Barrier>>> barriers;
+  // Disjoint groups of a warp may be in different collectives. Each lane waits at one barrier at most.
+  Barrier barriers[kWarp];
   alignas(16) unsigned char slots[kWarp][kLaneSlotBytes];
 
   Barrier& barrier(unsigned mask) {
-    for (auto& [known, barrier] : barriers) {
-      if (known == mask) return *barrier;
+    Barrier* found = nullptr;
+    for (Barrier& barrier : barriers) {
+      if (barrier.mask == mask) return barrier;
+      if (barrier.arrived == 0) found = &barrier;
     }
-    return *barriers.emplace_back(mask, std::make_unique<Barrier>()).second;
+    found->mask = mask;
+    return *found;
   }
 };
 
@@ -242,6 +248,7 @@ void run_block(Grid& grid, uint3 index, StackPool& stacks) {
   Block block;
   block.grid = &grid;
   block.shared_bytes = grid.shared_bytes;
+  block.shared.reserve(kSharedArrayLimit);
   t_block = &block;
   if (grid.shared_bytes > 0) block.dynamic = poisoned(grid.shared_bytes, 128);
   make_threads(block, index, stacks);
@@ -327,6 +334,7 @@ void* static_shared(const void* key, size_t bytes, size_t alignment) {
       return array.memory.get();
     }
   }
+  if (block.shared.size() == kSharedArrayLimit) fail("more than %zu shared arrays", kSharedArrayLimit);
   block.shared_bytes += bytes;
   if (block.shared_bytes - block.grid->shared_bytes > kStaticSharedLimit || block.shared_bytes > kSharedLimit) {
     fail("too much shared memory: %zu bytes, %zu of them static", block.shared_bytes,

@@ -1,0 +1,49 @@
+"""The step kernels' tests again, with the kernels built for AddressSanitizer and ThreadSanitizer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from .build import ROOT
+
+
+def library(name: str) -> str:
+    path = subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not os.path.isabs(path):
+        pytest.skip(f"{name} was not found")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("variant", "selection"), [("asan", "float16 and (33 or 8 or 129)"), ("tsan", "inputs")]
+)
+def test_step_kernels(variant: str, selection: str) -> None:
+    # The C++ library must be there when the sanitizer starts, or it cannot follow exceptions.
+    preload = f"{library(f'lib{variant}.so')}:{library('libstdc++.so')}"
+    settings = {
+        "LD_PRELOAD": preload,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "exitcode=66",
+        "FUSEBLOCK_EMULATOR_VARIANT": variant,
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection]
+    done = subprocess.run(
+        [*command, "tests/emulator/test_lstm_gates_emulated.py"],
+        cwd=ROOT,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout

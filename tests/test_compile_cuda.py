@@ -1,0 +1,103 @@
+"""Every CUDA source compiles for every architecture without spilling, and the vectorised kernels move 16 bytes at a time.
+
+Needs nvcc, no GPU. What is compiled is kept under build/compile_cuda, named by a hash of everything that went into it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / "build" / "compile_cuda"
+SELF_TEST = ROOT / "tests" / "emulator" / "self_test"
+SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), SELF_TEST / "kernels.cu"]
+ARCHITECTURES = ["80", "90a", "100"]
+#: Three blocks of 128 threads fit on a multiprocessor (65,536 registers, given out by 8 a thread).
+MOST_REGISTERS = 168
+
+
+def nvcc() -> str:
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    if found is None:
+        pytest.skip("nvcc was not found (no CUDA_HOME, not on PATH)")
+    return found
+
+
+def cuobjdump() -> str:
+    """CUDA's, or the copy that comes with Triton."""
+    found = shutil.which("cuobjdump")
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None and spec.origin is not None:
+        found = shutil.which("cuobjdump", path=Path(spec.origin).parent / "backends" / "nvidia" / "bin")
+    if found is None:
+        pytest.skip("cuobjdump was not found (neither on PATH nor in triton)")
+    return found
+
+
+def compile_cubin(source: Path, architecture: str) -> Path:
+    """The machine code of one source; a spill is an error."""
+    command = [
+        nvcc(),
+        "-std=c++20",
+        "-O3",
+        "-cubin",
+        f"-arch=sm_{architecture}",
+        f"-I{ROOT / 'csrc'}",
+        str(source),
+    ]
+    command += ["-Xptxas=-v,--warn-on-spills,--warning-as-error"]
+    digest = hashlib.sha256("\0".join(command).encode())
+    headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *SELF_TEST.glob("*.h")]
+    for file in sorted([*headers, source]):
+        digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
+    target = CACHE / f"{source.stem}-sm_{architecture}-{digest.hexdigest()[:16]}.cubin"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        new = target.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([*command, "-o", str(new)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        os.replace(new, target)
+    return target
+
+
+def dump(cubin: Path, what: str) -> str:
+    return subprocess.run([cuobjdump(), what, str(cubin)], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_compiles_without_spills(source: Path, architecture: str) -> None:
+    usage = dump(compile_cubin(source, architecture), "--dump-resource-usage")
+    kernels = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+)", usage)
+    assert kernels, usage
+    for name, registers, stack in kernels:
+        assert int(stack) == 0, f"{name} for sm_{architecture} has {stack} bytes of stack"
+        assert int(registers) <= MOST_REGISTERS, f"{name} for sm_{architecture} takes {registers} registers"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_vectorised_kernels_move_16_bytes(architecture: str) -> None:
+    cubin = compile_cubin(ROOT / "csrc" / "cuda" / "lstm_gates.cu", architecture)
+    kernels = re.split(r"\n\s*Function : ", dump(cubin, "--dump-sass"))[1:]
+    # The vector width is the first integer template argument: ...kernelI6__halffLi8E...
+    widths = {code.split("\n", 1)[0]: int(re.search(r"Li(\d+)E", code)[1]) for code in kernels}
+    assert set(widths.values()) == {1, 2, 4, 8}
+    for code in kernels:
+        name = code.split("\n", 1)[0]
+        loads, stores = (len(re.findall(rf"{kind}\.E\.128", code)) for kind in ("LDG", "STG"))
+        if widths[name] > 1:
+            # The three kinds of kernel read at least the gates and c, and write at least h and c.
+            assert loads >= 5, f"{name}: {loads} loads of 16 bytes"
+            assert stores >= 2, f"{name}: {stores} stores of 16 bytes"
+            assert not re.search(r"(LDG|STG)\.E\.(U8|U16|S16)", code), f"{name} moves single elements"
+        else:
+            assert loads == stores == 0
