@@ -18,70 +18,53 @@ void recurrence_fwd(const cpu::RecurrenceFwd& a, const Part& part) {
   C* const h[2] = {carry, carry + rows * P};
   C* const m = carry + 2 * rows * P;  // (rows, H), with a projection only
 
+  const auto h0 = sweep.template state<const S>(a.h0, P);
+  const auto h_n = sweep.template state<S>(a.h_n, P);
+  const auto c_carry = sweep.template state<C>(a.c_n, H);
+  const auto c0 = sweep.template state<const C>(a.c0, H);
   const Range own_rows = share(rows, part.member, part.members);
   for (int64_t k = own_rows.begin; k < own_rows.end; ++k) {
-    const S* h0 = sweep.template state<const S>(a.h0, k, P, 0);
-    sweep.copy(h[0] + k * P, h0, P);
-    if (a.layout.active) sweep.copy(h[1] + k * P, h0, P);  // a row may join at any step
-    sweep.copy(sweep.template state<S>(a.h_n, k, P, 0), h0, P);
-    sweep.copy(sweep.template state<C>(a.c_n, k, H, 0), sweep.template state<const C>(a.c0, k, H, 0), H);
+    sweep.copy(h[0] + k * P, h0(k, 0), P);
+    if (a.layout.active) sweep.copy(h[1] + k * P, h0(k, 0), P);  // a row may join at any step
+    sweep.copy(h_n(k, 0), h0(k, 0), P);
+    sweep.copy(c_carry(k, 0), c0(k, 0), H);
   }
   sweep.wait();
 
-  sweep.steps(true, [&](const Step& step) {
+  sweep.steps(true, [&](const Step& step) __attribute__((always_inline)) {
+    const auto gx = sweep.template at<const S>(a.gx, step.t, 4 * H);
+    const auto y = sweep.template at<S>(a.y, step.t, P);
+    const auto gates = sweep.template at<S>(a.gates, step.t, 4 * H);
+    const auto c_out = sweep.template at<C>(a.c, step.t, H);
+    C* const h_next = h[step.write];
+    const int64_t leaving = step.leaving;
+
     auto emit_h = [&](V value, int64_t k, int64_t u, auto lanes) __attribute__((always_inline)) {
-      S* y = sweep.template at<S>(a.y, step.t, k, P, u);
-      store(y, value, lanes);
-      if constexpr (sizeof(S) != sizeof(C)) value = load<C>(y, lanes);
-      store(h[step.write] + k * P + u, value, lanes);
-      if (k >= step.leaving) store(sweep.template state<S>(a.h_n, k, P, u), value, lanes);
+      store(y(k, u), value, lanes);
+      if constexpr (sizeof(S) != sizeof(C)) value = load<C>(y(k, u), lanes);
+      store(h_next + k * P + u, value, lanes);
+      if (k >= leaving) store(h_n(k, u), value, lanes);
     };
 
     sweep.multiply(part.hidden, h[step.read], P, 0, step.active,
                    [&](C* tile, int, int64_t row, int64_t u, int n) __attribute__((always_inline)) {
       with_lanes<C>(u, H, [&](auto lanes) __attribute__((always_inline)) {
-        // c' of N rows from their sums; c' and o stay in the tile.
-        in_groups<2, 1>(n, [&](int first, auto group) __attribute__((always_inline)) {
-          constexpr int N = group.size;
-          V x[4 * N];  // i, f, o of each row, then every g
-#pragma GCC unroll 4
-          for (int r = 0; r < N; ++r) {
-            const Gates<V> sum = load_gates<V>(tile + (first + r) * 4 * V::size, V::size, Full{});
-            const S* at = sweep.template at<const S>(a.gx, step.t, row + first + r, 4 * H, u);
-            const Gates<V> gx = load_gates<V>(at, H, lanes);
-            x[3 * r] = sum.i + gx.i, x[3 * r + 1] = sum.f + gx.f, x[3 * r + 2] = sum.o + gx.o;
-            x[3 * N + r] = sum.g + gx.g;
+        for (int r = 0; r < n; ++r) {
+          const int64_t k = row + r;
+          const Gates<V> sum = load_gates<V>(tile + r * 4 * V::size, V::size, Full{});
+          const Gates<V> in = load_gates<V>(gx(k, u), H, lanes);
+          const Gates<V> s = activate_gates(Gates<V>{sum.i + in.i, sum.f + in.f, sum.g + in.g, sum.o + in.o});
+          C* const c = c_carry(k, u);
+          const V c_new = s.f * load<C>(c, lanes) + s.i * s.g;
+          store(c, c_new, lanes);
+          if (gates) {
+            store_gates(gates(k, u), H, s, lanes);
+            store(c_out(k, u), c_new, lanes);
           }
-          activate<3 * N>(x);
-#pragma GCC unroll 4
-          for (int r = 0; r < N; ++r) {
-            const int64_t k = row + first + r;
-            const Gates<V> s{x[3 * r], x[3 * r + 1], x[3 * N + r], x[3 * r + 2]};
-            C* c = sweep.template state<C>(a.c_n, k, H, u);
-            const V c_new = s.f * load<C>(c, lanes) + s.i * s.g;
-            store(c, c_new, lanes);
-            store(tile + (first + r) * 4 * V::size, c_new, Full{});
-            store(tile + ((first + r) * 4 + 1) * V::size, s.o, Full{});
-            if (a.gates.data) {
-              store_gates(sweep.template at<S>(a.gates, step.t, k, 4 * H, u), H, s, lanes);
-              store(sweep.template at<C>(a.c, step.t, k, H, u), c_new, lanes);
-            }
-          }
-        });
-        in_groups<4, 2, 1>(n, [&](int first, auto group) __attribute__((always_inline)) {
-          constexpr int N = group.size;
-          V x[N];
-#pragma GCC unroll 4
-          for (int r = 0; r < N; ++r) x[r] = load<C>(tile + (first + r) * 4 * V::size, Full{});
-          activate<0>(x);
-#pragma GCC unroll 4
-          for (int r = 0; r < N; ++r) {
-            const V m_row = load<C>(tile + ((first + r) * 4 + 1) * V::size, Full{}) * x[r];
-            const int64_t k = row + first + r;
-            if (projected) store(m + k * H + u, m_row, lanes);
-            else emit_h(m_row, k, u, lanes);
-          }
-        });
+          const V out = s.o * tanh_of(c_new);
+          if (projected) store(m + k * H + u, out, lanes);
+          else emit_h(out, k, u, lanes);
+        }
       });
     });
     if (projected) {
@@ -91,11 +74,10 @@ void recurrence_fwd(const cpu::RecurrenceFwd& a, const Part& part) {
     if (sweep.has_inactive_rows()) {
       const Range units = sweep.outputs(part.hidden), outputs = sweep.outputs(projected ? part.projection : part.hidden);
       for (int64_t k = step.active; k < rows; ++k) {
-        sweep.clear(sweep.template at<S>(a.y, step.t, k, P, 0), outputs);
-        if (!a.gates.data) continue;
-        sweep.clear(sweep.template at<S>(a.gates, step.t, k, 4 * H, 0), units, 4, H);
-        sweep.copy(sweep.template at<C>(a.c, step.t, k, H, units.begin),
-                   sweep.template state<const C>(a.c_n, k, H, units.begin), units.end - units.begin);
+        sweep.clear(y(k, 0), outputs);
+        if (!gates) continue;
+        sweep.clear(gates(k, 0), units, 4, H);
+        sweep.copy(c_out(k, units.begin), c_carry(k, units.begin), units.end - units.begin);
       }
     }
     sweep.wait();

@@ -26,10 +26,25 @@ struct Range {
   int64_t begin, end;
 };
 
-inline int64_t first_vector(const PackedMatrix& m, int64_t block) { return m.vectors * block / m.blocks; }
+inline int64_t first_vector(const PackedMatrix& m, int64_t block) {
+  return m.blocks == m.vectors ? block : m.vectors * block / m.blocks;
+}
 inline Range share(int64_t n, int64_t member, int64_t members) {
   return {n * member / members, n * (member + 1) / members};
 }
+
+// Element (row k, j) of a tensor whose rows lie in place or, if `order` is given, permuted; null if it is absent.
+template <class E>
+struct RowsAt {
+  E* base;
+  int64_t stride;
+  const int64_t* order;
+
+  FB_INLINE E* operator()(int64_t k, int64_t j) const {
+    return base ? base + (order ? order[k] : k) * stride + j : nullptr;
+  }
+  explicit operator bool() const { return base != nullptr; }
+};
 
 template <class S>
 struct Sweep {
@@ -41,38 +56,54 @@ struct Sweep {
 
   Sweep(const Layout& l, const Part& p) : layout(l), part(p), rows(p.k1 - p.k0) {}
 
-  FB_INLINE int64_t place(int64_t k) const { return layout.order ? layout.order[part.k0 + k] : part.k0 + k; }
+  template <class E>
+  FB_INLINE RowsAt<E> rows_from(E* data, int64_t offset, int64_t stride) const {
+    if (!data) return {nullptr, 0, nullptr};
+    if (layout.order) return {data + offset, stride, layout.order + part.k0};
+    return {data + offset + part.k0 * stride, stride, nullptr};
+  }
 
   int64_t active_at(int64_t t) const {
     const int64_t n = (layout.active ? layout.active[t] : layout.B) - part.k0;
     return n < 0 ? 0 : n > rows ? rows : n;
   }
 
-  // Element (t, row k, j) of a series whose rows hold `width` elements per direction; null if the series is absent.
+  // The rows of a series at time t; `width` elements per direction.
   template <class E>
-  FB_INLINE E* at(const Series& s, int64_t t, int64_t k, int64_t width, int64_t j) const {
-    if (!s.data) return nullptr;
+  FB_INLINE RowsAt<E> at(const Series& s, int64_t t, int64_t width) const {
     const int64_t time = layout.start ? layout.start[t] * s.row : t * s.time;
-    return static_cast<E*>(s.data) + time + place(k) * s.row + part.direction * width + j;
+    return rows_from(static_cast<E*>(s.data), time + part.direction * width, s.row);
   }
 
-  // Element (direction, row k, j) of a (D, B, width) state; null if absent.
+  // The rows of a (D, B, width) state.
   template <class E>
-  FB_INLINE E* state(const void* p, int64_t k, int64_t width, int64_t j) const {
-    if (!p) return nullptr;
-    return static_cast<E*>(const_cast<void*>(p)) + (part.direction * layout.B + place(k)) * width + j;
+  FB_INLINE RowsAt<E> state(const void* p, int64_t width) const {
+    return rows_from(static_cast<E*>(const_cast<void*>(p)), part.direction * layout.B * width, width);
   }
 
   void wait() const {
     if (part.members > 1) cpu::barrier_wait(part.barrier);
   }
 
-  Range blocks(const PackedMatrix& m) const { return share(m.blocks, part.member, part.members); }
+  Range blocks(const PackedMatrix& m) const {
+    return part.members == 1 ? Range{0, m.blocks} : share(m.blocks, part.member, part.members);
+  }
   // The outputs (units) that this thread's blocks hold.
   Range outputs(const PackedMatrix& m) const {
     const Range b = blocks(m);
     const int64_t lanes = V::size, end = first_vector(m, b.end) * lanes;
     return {first_vector(m, b.begin) * lanes, end < m.outputs ? end : m.outputs};
+  }
+
+  // The cell states that a step started from: rows from `carried` on find theirs in c0.
+  struct PreviousC {
+    RowsAt<const C> stored, initial;
+    int64_t carried;
+    FB_INLINE const C* operator()(int64_t k, int64_t j) const { return k < carried ? stored(k, j) : initial(k, j); }
+  };
+  FB_INLINE PreviousC previous_c(const Series& c, const void* c0, const Step& step) const {
+    const int64_t H = layout.H;
+    return {step.carried ? at<const C>(c, step.previous, H) : RowsAt<const C>{}, state<const C>(c0, H), step.carried};
   }
 
   // Calls f(step) for every time step; `forward` means the direction's own order, else its reverse.
@@ -95,11 +126,12 @@ struct Sweep {
   template <class F>
   FB_INLINE void multiply(const PackedMatrix& m, const C* x, int64_t K, int64_t begin, int64_t end, F&& f) const {
     const Range mine = blocks(m);
+    const RowTiles tiles(begin, end);
     for (int64_t b = mine.begin; b < mine.end; ++b) {
       const int64_t vector = first_vector(m, b);
       const int vecs = m.gates ? 4 : (int)(first_vector(m, b + 1) - vector);
       const C* w = static_cast<const C*>(m.packed) + vector * (m.gates ? 4 : 1) * m.K * V::size;
-      for_tiles<C>(w, vecs, K, x, m.K, begin, end, [&](C* tile, int64_t row, int n) __attribute__((always_inline)) {
+      for_tiles<C>(w, vecs, K, x, m.K, tiles, [&](C* tile, int64_t row, int n) __attribute__((always_inline)) {
         f(tile, vecs, row, vector * V::size, n);
       });
     }
@@ -117,11 +149,6 @@ struct Sweep {
           with_lanes<C>(u, m.outputs, [&](auto lanes) __attribute__((always_inline)) { f(sum, row + r, u, lanes); });
         }
     });
-  }
-
-  // The cell state that a row's step started from.
-  FB_INLINE const C* previous_c(const Series& c, const void* c0, const Step& step, int64_t k, int64_t u) const {
-    return k < step.carried ? at<const C>(c, step.previous, k, layout.H, u) : state<const C>(c0, k, layout.H, u);
   }
 
   // Padded sequences have storage behind the end of a row.

@@ -110,30 +110,27 @@ inline TileFn<C> tile_fn(int rows, int vecs) {
   }
 }
 
-// Rows [begin, end) of x (row stride ldx) times one block of weights; f(tile, row, rows) consumes each tile.
+// Rows [begin, end) cut into tiles of nearly equal numbers of rows.
+struct RowTiles {
+  int64_t begin, count, rows, larger;  // the first `larger` tiles have one row more
+
+  RowTiles(int64_t first, int64_t end) : begin(first), count((end - first + kTileRows - 1) / kTileRows), rows(0), larger(0) {
+    if (count > 0) rows = (end - first) / count, larger = (end - first) - rows * count;
+  }
+};
+
+// Rows of x (row stride ldx) times one block of weights; f(tile, row, rows) consumes each tile.
 template <class C, class F>
-FB_INLINE void for_tiles(const C* w, int vecs, int64_t K, const C* x, int64_t ldx, int64_t begin, int64_t end, F&& f) {
-  const int64_t n = end - begin, parts = (n + kTileRows - 1) / kTileRows;
+FB_INLINE void for_tiles(const C* w, int vecs, int64_t K, const C* x, int64_t ldx, const RowTiles& tiles, F&& f) {
   alignas(FB_VEC_BYTES) C tile[kTileRows * kTileVecs * Vec<C>::size];
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t row = begin + n * part / parts;
-    const int rows = (int)(begin + n * (part + 1) / parts - row);
+  int64_t row = tiles.begin;
+  for (int64_t i = 0; i < tiles.count; ++i) {
+    const int rows = (int)(tiles.rows + (i < tiles.larger));
     tile_fn<C>(rows, vecs)(K, w, x + row * ldx, ldx, tile);
     if (rows > kTileRows) __builtin_unreachable();  // keeps the compiler from warning about overrunning the tile
     f(tile, row, rows);
+    row += rows;
   }
-}
-
-// Calls f(first, group) with groups of Sizes... rows, as many of each size as fit, in descending order of size.
-template <int Size>
-struct Group {
-  static constexpr int size = Size;
-};
-
-template <int Size, int... Smaller, class F>
-FB_INLINE void in_groups(int n, F&& f, int first = 0) {
-  for (; first + Size <= n; first += Size) f(first, Group<Size>{});
-  if constexpr (sizeof...(Smaller) > 0) in_groups<Smaller...>(n, f, first);
 }
 
 // ---- packing ----------------------------------------------------------------------------------------------------
