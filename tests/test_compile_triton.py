@@ -22,7 +22,12 @@ pytest.importorskip("triton")
 from fuseblock.kernels import lstm_gates, lstm_recurrence
 
 from fuseblock.launch import _triton
-from fuseblock.launch.triton_lstm_recurrence import PersistentConfig, persistent_config, prefetches
+from fuseblock.launch.triton_lstm_recurrence import (
+    PERSISTENT_OPTIONS,
+    PersistentConfig,
+    persistent_config,
+    prefetches,
+)
 
 from .triton_aot import SHARED_LIMIT
 
@@ -58,7 +63,7 @@ def _job(
     dtype: str,
     absent: set[str],
     aligned: bool,
-    warps: int,
+    options: dict[str, int],
     **constants: Any,
 ) -> dict[str, Any]:
     """A job of triton_aot, with pointers and integers typed by their names."""
@@ -85,17 +90,18 @@ def _job(
         "signature": signature,
         "constants": values,
         "divisible": divisible,
-        "options": {"num_warps": warps, "num_stages": 1},
+        "options": options,
     }
 
 
 def _step_jobs(arch: int, dtype: str, hidden: int, aligned: bool) -> Iterator[dict[str, Any]]:
     block_r, block_h = _triton.gpu_step_blocks(hidden)
     common = {"DTYPE": STATE[dtype], "BLOCK_R": block_r, "BLOCK_H": block_h}
+    options = {"num_warps": _triton.step_warps(aligned)}
     for kernel, op in itertools.product(ABSENT_IN_OP, (True, False)):
         from_pre = {} if kernel == "lstm_gates_fwd_kernel" else {"FROM_PRE": op}
         absent = ABSENT_IN_OP[kernel] if op else set()
-        yield _job(lstm_gates, kernel, arch, dtype, absent, aligned, 4, **from_pre, **common)
+        yield _job(lstm_gates, kernel, arch, dtype, absent, aligned, options, **from_pre, **common)
 
 
 def _persistent_jobs(
@@ -104,6 +110,7 @@ def _persistent_jobs(
     config = persistent_config(dtype, hidden)
     assert isinstance(config, PersistentConfig)
     common = {"PRECISION": precision, "BLOCK_B": 16, "BLOCK_H": config.block_h}
+    options = {"num_warps": config.num_warps} | PERSISTENT_OPTIONS
     extra = torch.empty(0)
     variants: tuple[tuple[str, set[str], bool], ...] = (
         ("lstm_recurrence_fwd_kernel", set(), prefetches(hidden)),
@@ -112,13 +119,27 @@ def _persistent_jobs(
     )
     for kernel, absent, prefetch in variants:
         yield _job(
-            lstm_recurrence, kernel, arch, TRITON_NAME[dtype], absent, aligned, config.num_warps,
+            lstm_recurrence, kernel, arch, TRITON_NAME[dtype], absent, aligned, options,
             PREFETCH=prefetch, **common,
         )  # fmt: skip
 
 
+def _one_unit_jobs() -> Iterator[dict[str, Any]]:
+    """H = 1: Triton turns integer arguments that are 1 into constants, which know fewer methods."""
+    one = {"hidden": 1, "BLOCK_H": 16}
+    for kernel in ABSENT_IN_OP:
+        from_pre = {} if kernel == "lstm_gates_fwd_kernel" else {"FROM_PRE": False}
+        strides = {n: 1 for n in getattr(lstm_gates, kernel).arg_names if n.startswith("stride_")}
+        constants = from_pre | one | strides | {"DTYPE": "fp32", "BLOCK_R": 32}
+        yield _job(lstm_gates, kernel, 90, "fp32", set(), False, {}, **constants)
+    for kernel in ("lstm_recurrence_fwd_kernel", "lstm_recurrence_bwd_kernel"):
+        constants = one | {"PRECISION": "ieee", "PREFETCH": True, "BLOCK_B": 16}
+        yield _job(lstm_recurrence, kernel, 90, "fp32", set(), False, {}, **constants)
+
+
 def _usual_jobs() -> Iterator[dict[str, Any]]:
     """The largest tiles; float64 on one architecture, and not float16, whose code is bfloat16's."""
+    yield from _one_unit_jobs()
     yield from _step_jobs(90, "fp64", hidden=128, aligned=True)
     for arch, dtype in itertools.product(ARCHITECTURES, ("fp32", "bf16")):
         yield from _step_jobs(arch, dtype, hidden=128, aligned=True)

@@ -76,7 +76,7 @@ PER_STEP_CASES = [
 PERSISTENT_CASES = [
     LstmCase(3, 3, 33, 2, None, None),
     LstmCase(4, 3, 3, 2, None, (4, 0, 2)),
-    LstmCase(3, 17, 16, 1, None, None),
+    LstmCase(3, 17, 16, 1, None, (3,) * 16 + (1,)),
     LstmCase(5, 2, 48, 2, None, (2, 9)),
     LstmCase(1, 1, 1, 1, None, None),
 ]

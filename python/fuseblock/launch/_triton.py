@@ -61,7 +61,7 @@ def _aligned(x: Tensor) -> bool:
 
 
 def gpu_step_blocks(hidden: int) -> tuple[int, int]:
-    """(BLOCK_R, BLOCK_H) of the step kernels on a GPU: tiles of 512 units for 128 threads."""
+    """(BLOCK_R, BLOCK_H) of the step kernels on a GPU: tiles of 512 units."""
     block_h = min(max(triton.next_power_of_2(hidden), 16), 128)
     return 512 // block_h, block_h
 
@@ -74,3 +74,8 @@ def step_blocks(rows: int, hidden: int) -> tuple[int, int]:
     if INTERPRETED:
         return triton.next_power_of_2(rows), triton.next_power_of_2(hidden)
     return gpu_step_blocks(hidden)
+
+
+def step_warps(is_aligned: bool) -> int:
+    """Warps of the step kernels: without wide accesses every element takes an address, so fewer per thread."""
+    return 4 if is_aligned else 8

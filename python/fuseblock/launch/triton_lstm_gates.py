@@ -47,6 +47,7 @@ def _launch(
     if rows == 0 or hidden == 0:
         return
     block_r, block_h = _triton.step_blocks(rows, hidden)
+    aligned = _triton.aligned(hidden, tensors)
     kernel[(triton.cdiv(rows, block_r), triton.cdiv(hidden, block_h))](
         *tensors,
         lengths,
@@ -56,9 +57,10 @@ def _launch(
         *(0 if x is None else x.stride(0) for x in tensors),
         **constants,
         DTYPE=_triton.math_dtype(math_like),
-        ALIGNED=_triton.aligned(hidden, tensors),
+        ALIGNED=aligned,
         BLOCK_R=block_r,
         BLOCK_H=block_h,
+        num_warps=_triton.step_warps(aligned),
     )
 
 

@@ -20,6 +20,9 @@ from ..dispatch import Candidate
 from . import _triton, per_step, triton_lstm_gates
 
 _BLOCK_B = 16
+#: Compiler options of the persistent kernels. One block fills a multiprocessor's time anyway: left alone, ptxas saves
+#: registers for further blocks and spills a little.
+PERSISTENT_OPTIONS = {"num_stages": 1, "maxnreg": 255}
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ def persistent_fwd(
             BLOCK_B=_BLOCK_B,
             BLOCK_H=config.block_h,
             num_warps=config.num_warps,
-            num_stages=1,
+            **PERSISTENT_OPTIONS,
         )
     return y, h_n, c_n, gates, c
 
@@ -228,7 +231,7 @@ def persistent_bwd(
             BLOCK_B=_BLOCK_B,
             BLOCK_H=config.block_h,
             num_warps=config.num_warps,
-            num_stages=1,
+            **PERSISTENT_OPTIONS,
         )
     return dgx, dh0, dc0, gates.new_empty(0)
 
