@@ -18,12 +18,26 @@ NAMESPACE = "fuseblock"
 _LIB = torch.library.Library(NAMESPACE, "DEF")
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 Formula = Callable[..., Any]
 
 
 def forward_mode_active() -> bool:
     """Whether a forward-mode level (``torch.func.jvp``, ``jacfwd``, ``dual_level``) is open."""
     return forward_ad._current_level >= 0
+
+
+def _inference(args: tuple[Any, ...]) -> bool:
+    """Whether nothing but the kernel has to see the call: plain tensors, no gradient, no mode, no autocast.
+
+    The dispatcher would then only pass the arguments on, through Python, for several microseconds.
+    """
+    grad = torch.is_grad_enabled()
+    for x in args:
+        if isinstance(x, torch.Tensor) and (type(x) not in _PLAIN or (grad and x.requires_grad)):
+            return False
+    return not (torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled())
 
 
 class DifferentiableOp:
@@ -57,6 +71,7 @@ class DifferentiableOp:
         torch.library.register_fake(qualified, fake, lib=_LIB)
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIB)
         self.op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        self._impl = impl
         self._autocast = autocast
         if autocast is not None:
             self._register_autocast()
@@ -72,6 +87,8 @@ class DifferentiableOp:
                     f"{NAMESPACE}::{self.name} has no forward-mode derivative; "
                     "use fuseblock.backend('reference') or the automatic choice, which falls back to it"
                 )
+            if _inference(args):
+                return self._impl(*args)
         return self.op(*args)
 
     def _build_function(self, setup: Formula, backward_formula: Formula, vmap_rule: Formula) -> Any:
