@@ -132,6 +132,9 @@ STEP_CASES = [
         (3, "contiguous"),
         (8, "contiguous"),
         (16, "gaps"),
+        # Aligned rows whose length is no multiple of the vector width of float32 and of 16-bit types.
+        (6, "gaps"),
+        (12, "gaps"),
         (129, "gaps"),
         (16, "unaligned"),
     ]
