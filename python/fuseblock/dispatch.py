@@ -14,6 +14,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 #: Names that ``backend()`` accepts. ``aten`` is PyTorch's own layer, an engine of the whole LSTM layer.
 NAMES = ("auto", "aten", "cpu", "cuda", "triton", "reference")
 
@@ -64,6 +66,7 @@ _DEFAULT = _checked(os.environ.get("FUSEBLOCK_BACKEND", "auto"), "FUSEBLOCK_BACK
 _FORCED: ContextVar[str] = ContextVar("fuseblock_backend", default=_DEFAULT)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def forced() -> str:
     """The backend in force: ``"auto"`` or a name from `NAMES`."""
     return _FORCED.get()

@@ -45,13 +45,16 @@ def _padded_pairs(
     delta: Tensor, y: Tensor, reverse: bool, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(delta of the later steps, h that each of them read, delta (B, 4H) of the steps that read h0)."""
+    # Rows are sliced, not steps: a size T - 1 would make compiled code special at T = 2.
+    batch, steps = delta.shape[1], delta.shape[0]
+    delta_rows, y_rows = delta.flatten(0, 1), y.flatten(0, 1)
     if not reverse:
-        return delta[1:], y[:-1], delta[0]
+        return delta_rows[batch:], y_rows[:-batch], delta[0]
     if lengths is None:
-        return delta[:-1], y[1:], delta[-1]
+        return delta_rows[:-batch], y_rows[batch:], delta[-1]
     # A row's first step is its last time step; the pair made of it and the zero beyond its end adds nothing.
-    last = (lengths.clamp(1, delta.shape[0]) - 1).view(1, -1, 1).expand(1, -1, delta.shape[-1])
-    return delta[:-1], y[1:], delta.gather(0, last)[0]
+    last = (lengths.clamp(1, steps) - 1).view(1, -1, 1).expand(1, -1, delta.shape[-1])
+    return delta_rows[:-batch], y_rows[batch:], delta.gather(0, last)[0]
 
 
 def _packed_pairs(
