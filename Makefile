@@ -18,7 +18,10 @@ WORKERS ?= 2
 PY := $(abspath $(VENV))/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: bench bench-full test test-slow gpu example lint format check-torch build clean
+.PHONY: help bench bench-full test test-slow gpu example lint format check-torch build clean
+
+help:
+	@sed -n 's/^#   make/make/p' Makefile
 
 bench: build
 	$(PY) -m benchmarks --quick --json $(OUT)/benchmark.json --html $(OUT)/benchmark.html
