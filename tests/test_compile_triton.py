@@ -23,7 +23,6 @@ from fuseblock.kernels import lstm_gates, lstm_recurrence
 
 from fuseblock.launch import _triton
 from fuseblock.launch.triton_lstm_recurrence import (
-    PERSISTENT_OPTIONS,
     PersistentConfig,
     persistent_config,
     prefetches,
@@ -63,7 +62,7 @@ def _job(
     dtype: str,
     absent: set[str],
     aligned: bool,
-    options: dict[str, int],
+    options: dict[str, int | None],
     **constants: Any,
 ) -> dict[str, Any]:
     """A job of triton_aot, with pointers and integers typed by their names."""
@@ -97,7 +96,7 @@ def _job(
 def _step_jobs(arch: int, dtype: str, hidden: int, aligned: bool) -> Iterator[dict[str, Any]]:
     block_r, block_h = _triton.gpu_step_blocks(hidden)
     common = {"DTYPE": STATE[dtype], "BLOCK_R": block_r, "BLOCK_H": block_h}
-    options = {"num_warps": _triton.step_warps(aligned)}
+    options: dict[str, int | None] = {"num_warps": _triton.step_warps(aligned)}
     for kernel, op in itertools.product(ABSENT_IN_OP, (True, False)):
         from_pre = {} if kernel == "lstm_gates_fwd_kernel" else {"FROM_PRE": op}
         absent = ABSENT_IN_OP[kernel] if op else set()
@@ -110,7 +109,6 @@ def _persistent_jobs(
     config = persistent_config(dtype, hidden)
     assert isinstance(config, PersistentConfig)
     common = {"PRECISION": precision, "BLOCK_B": 16, "BLOCK_H": config.block_h}
-    options = {"num_warps": config.num_warps} | PERSISTENT_OPTIONS
     extra = torch.empty(0)
     variants: tuple[tuple[str, set[str], bool], ...] = (
         ("lstm_recurrence_fwd_kernel", set(), prefetches(hidden)),
@@ -119,7 +117,7 @@ def _persistent_jobs(
     )
     for kernel, absent, prefetch in variants:
         yield _job(
-            lstm_recurrence, kernel, arch, TRITON_NAME[dtype], absent, aligned, options,
+            lstm_recurrence, kernel, arch, TRITON_NAME[dtype], absent, aligned, config.options,
             PREFETCH=prefetch, **common,
         )  # fmt: skip
 

@@ -20,9 +20,6 @@ from ..dispatch import Candidate
 from . import _triton, per_step, triton_lstm_gates
 
 _BLOCK_B = 16
-#: Compiler options of the persistent kernels. One block fills a multiprocessor's time anyway: left alone, ptxas saves
-#: registers for further blocks and spills a little.
-PERSISTENT_OPTIONS = {"num_stages": 1, "maxnreg": 255}
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,15 @@ class PersistentConfig:
 
     block_h: int
     num_warps: int
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """Compiler options.
+
+        Small tiles leave registers unused, which ptxas would save for further blocks at the price of a few spills;
+        the largest one is better left to ptxas.
+        """
+        return {"num_warps": self.num_warps, "num_stages": 1, "maxnreg": 255 if self.block_h < 128 else None}
 
 
 def persistent_config(dtype: torch.dtype, hidden: int) -> PersistentConfig | str:
@@ -181,8 +187,7 @@ def persistent_fwd(
             ALIGNED=hidden % 16 == 0,
             BLOCK_B=_BLOCK_B,
             BLOCK_H=config.block_h,
-            num_warps=config.num_warps,
-            **PERSISTENT_OPTIONS,
+            **config.options,
         )
     return y, h_n, c_n, gates, c
 
@@ -230,8 +235,7 @@ def persistent_bwd(
             ALIGNED=hidden % 16 == 0,
             BLOCK_B=_BLOCK_B,
             BLOCK_H=config.block_h,
-            num_warps=config.num_warps,
-            **PERSISTENT_OPTIONS,
+            **config.options,
         )
     return dgx, dh0, dc0, gates.new_empty(0)
 
