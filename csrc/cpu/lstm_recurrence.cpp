@@ -21,8 +21,8 @@ namespace {
 constexpr int64_t kGateCost = 100;
 constexpr int64_t kWorkPerThread = 1 << 20;   // below this, waking a thread costs more than it saves
 constexpr int64_t kWorkPerBarrier = 1 << 16;  // per thread and step
-constexpr int64_t kCacheBytes = 1 << 20;      // of weights that every core can hold for itself
 constexpr int64_t kPackGrain = 1 << 15;       // elements
+constexpr int64_t kRowsWithoutPacking = 4;    // of all steps, or of one step if the weights are large
 constexpr int64_t kMaxVecs = 4;               // vectors of outputs per flat block
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -99,7 +99,13 @@ PackedMatrix flat_matrix(int64_t outputs, int64_t K, int64_t output_stride, int6
   return {nullptr, nullptr, outputs, K, output_stride, k_stride, vectors, blocks, false};
 }
 
-int64_t packed_elements(const PackedMatrix& m, int64_t lanes) { return m.vectors * (m.gates ? 4 : 1) * m.K * lanes; }
+// Packing pays when the packed weights are used more than a few times. Where they exceed the cache and meet few rows in
+// every step, reading them dominates and is as fast from the matrix itself.
+bool worth_packing(const Layout& l, const PackedMatrix& m, int64_t lanes, int64_t members) {
+  if (m.k_stride != 1) return true;
+  const bool large = packed_elements(m, lanes) * compute_bytes(l.dtype) > members * kCacheBytes;
+  return l.T * l.B > kRowsWithoutPacking && !(large && l.B <= kRowsWithoutPacking);
+}
 
 template <class Args>
 struct Run {
@@ -113,7 +119,7 @@ struct Run {
     const Part& part = parts[j];
     if (part.members > 1) {  // each thread packs what it alone will read
       for (const PackedMatrix* m : {&part.hidden, &part.projection})
-        if (m->source)
+        if (m->packed)
           table.pack(*m, args.layout.dtype, m->blocks * part.member / part.members,
                      m->blocks * (part.member + 1) / part.members);
     }
@@ -129,8 +135,9 @@ void run(const Args& args, void (*kernel)(const Args&, const Part&), const Split
   const KernelTable& table = *kernel_table();
   const int64_t size = compute_bytes(l.dtype), lanes = table.vector_bytes / size;
   const bool projected = args.weights.hr != nullptr;
-  const int64_t hidden_bytes = packed_elements(hidden, lanes) * size;
-  const int64_t projection_bytes = projected ? packed_elements(projection, lanes) * size : 0;
+  const bool pack_hidden = worth_packing(l, hidden, lanes, split.members), pack_projection = projected && worth_packing(l, projection, lanes, split.members);
+  const int64_t hidden_bytes = pack_hidden ? packed_elements(hidden, lanes) * size : 0;
+  const int64_t projection_bytes = pack_projection ? packed_elements(projection, lanes) * size : 0;
   const int64_t weight_bytes = divide_up(hidden_bytes + projection_bytes, 64) * 64;
   const Scratch weights = allocate(l.D * weight_bytes), carry = allocate(l.D * l.B * carry_row * size);
 
@@ -140,10 +147,10 @@ void run(const Args& args, void (*kernel)(const Args&, const Part&), const Split
   for (int64_t d = 0; d < l.D; ++d) {
     barriers[d].members = split.members;
     hidden.source = static_cast<const char*>(args.weights.hh) + d * 4 * l.H * l.P * storage_bytes(l.dtype);
-    hidden.packed = weights.get() + d * weight_bytes;
+    hidden.packed = pack_hidden ? weights.get() + d * weight_bytes : nullptr;
     if (projected) {
       projection.source = static_cast<const char*>(args.weights.hr) + d * l.P * l.H * storage_bytes(l.dtype);
-      projection.packed = weights.get() + d * weight_bytes + hidden_bytes;
+      projection.packed = pack_projection ? weights.get() + d * weight_bytes + hidden_bytes : nullptr;
     }
     for (int64_t i = 0; i < split.row_parts; ++i) {
       void* own = carry.get() + (d * l.B + bounds[i]) * carry_row * size;
@@ -166,7 +173,7 @@ void run(const Args& args, void (*kernel)(const Args&, const Part&), const Split
   auto pack = [&](PackedMatrix Part::*matrix) {
     for (int64_t d = 0; d < l.D; ++d) {
       const PackedMatrix& m = job.parts[d * split.row_parts].*matrix;
-      if (!m.source) continue;
+      if (!m.packed) continue;
       const int64_t grain = kPackGrain / (packed_elements(m, lanes) / m.blocks + 1) + 1;
       parallel_for(threads, m.blocks, grain,
                    [&](int64_t begin, int64_t end) { table.pack(m, l.dtype, begin, end); });

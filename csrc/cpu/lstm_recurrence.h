@@ -73,12 +73,18 @@ struct RecurrenceBwdBwd {
 // A weight matrix for tile_gemm: out_dim outputs in `blocks` blocks, K terms each.
 struct PackedMatrix {
   const void* source;
-  void* packed;
+  void* packed;                     // null: the products read the source (k_stride 1 only)
   int64_t outputs, K;
   int64_t output_stride, k_stride;  // of the source; one of them is 1
   int64_t vectors, blocks;          // ceil(outputs / lanes) vectors; blocks * 4 >= vectors
   bool gates;                       // a block holds the four gates of one vector of units
 };
+
+constexpr int64_t kCacheBytes = 1 << 20;  // of weights that a core can keep near
+
+inline int64_t packed_elements(const PackedMatrix& m, int64_t lanes) {
+  return m.vectors * (m.gates ? 4 : 1) * m.K * lanes;
+}
 
 struct Barrier;
 void barrier_wait(Barrier*);

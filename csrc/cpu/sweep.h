@@ -10,6 +10,7 @@ namespace fuseblock::FB_ISA {
 
 using cpu::Layout;
 using cpu::PackedMatrix;
+using cpu::packed_elements;
 using cpu::Part;
 using cpu::Series;
 
@@ -29,6 +30,18 @@ struct Range {
 inline int64_t first_vector(const PackedMatrix& m, int64_t block) {
   return m.blocks == m.vectors ? block : m.vectors * block / m.blocks;
 }
+
+// Where vector v of the block that starts at vector `first` lies in the source, and how many of its lanes exist.
+struct VectorSource {
+  int64_t offset;
+  int lanes;
+};
+inline VectorSource vector_source(const PackedMatrix& m, int64_t first, int64_t v, int64_t lanes) {
+  const int64_t unit = (m.gates ? first : first + v) * lanes, left = m.outputs - unit;
+  const int64_t row = m.gates ? v * m.outputs + unit : unit;
+  return {row * m.output_stride, (int)(left < lanes ? left : lanes)};
+}
+
 inline Range share(int64_t n, int64_t member, int64_t members) {
   return {n * member / members, n * (member + 1) / members};
 }
@@ -127,13 +140,28 @@ struct Sweep {
   FB_INLINE void multiply(const PackedMatrix& m, const C* x, int64_t K, int64_t begin, int64_t end, F&& f) const {
     const Range mine = blocks(m);
     const RowTiles tiles(begin, end);
+    const bool stream = packed_elements(m, V::size) * (int64_t)sizeof(C) > part.members * cpu::kCacheBytes;
     for (int64_t b = mine.begin; b < mine.end; ++b) {
       const int64_t vector = first_vector(m, b);
       const int vecs = m.gates ? 4 : (int)(first_vector(m, b + 1) - vector);
-      const C* w = static_cast<const C*>(m.packed) + vector * (m.gates ? 4 : 1) * m.K * V::size;
-      for_tiles<C>(w, vecs, K, x, m.K, tiles, [&](C* tile, int64_t row, int n) __attribute__((always_inline)) {
+      const auto product = [&](int n, const C* rows_of_x, C* tile) __attribute__((always_inline)) {
+        if (!m.packed) return dot_tile(m, vector, vecs, n, K, rows_of_x, tile);
+        const C* w = static_cast<const C*>(m.packed) + vector * (m.gates ? 4 : 1) * m.K * V::size;
+        (stream ? tile_fn<C, true>(n, vecs) : tile_fn<C, false>(n, vecs))(K, w, rows_of_x, m.K, tile);
+      };
+      for_tiles<C>(x, m.K, tiles, product, [&](C* tile, int64_t row, int n) __attribute__((always_inline)) {
         f(tile, vecs, row, vector * V::size, n);
       });
+    }
+  }
+
+  // The product of `multiply` from a source with adjacent terms (k_stride 1), unpacked.
+  static void dot_tile(const PackedMatrix& m, int64_t vector, int vecs, int n, int64_t K, const C* x, C* tile) {
+    for (int v = 0; v < vecs; ++v) {
+      const VectorSource source = vector_source(m, vector, v, V::size);
+      const S* w = static_cast<const S*>(m.source) + source.offset;
+      for (int r = 0; r < n; ++r)
+        dot_vector<S>(K, w, m.output_stride, source.lanes, x + r * m.K, tile + (r * vecs + v) * V::size);
     }
   }
 
@@ -175,16 +203,29 @@ struct Sweep {
 template <class S>
 void pack(const PackedMatrix& m, int64_t begin, int64_t end) {
   using C = Compute<S>;
-  constexpr int64_t lanes = Vec<C>::size;
+  using V = Vec<C>;
   const S* source = static_cast<const S*>(m.source);
-  for (int64_t b = begin; b < end; ++b) {
-    const int64_t first = first_vector(m, b), vecs = m.gates ? 4 : first_vector(m, b + 1) - first;
-    C* block = static_cast<C*>(m.packed) + first * (m.gates ? 4 : 1) * m.K * lanes;
-    for (int64_t v = 0; v < vecs; ++v) {
-      const int64_t unit = (m.gates ? first : first + v) * lanes, left = m.outputs - unit;
-      const int64_t row = m.gates ? v * m.outputs + unit : unit;
-      pack_vector<S>(block + v * lanes, vecs * lanes, source + row * m.output_stride, m.output_stride, m.k_stride,
-                     (int)(left < lanes ? left : lanes), m.K);
+  const auto block = [&](int64_t b) {
+    return static_cast<C*>(m.packed) + first_vector(m, b) * (m.gates ? 4 : 1) * m.K * V::size;
+  };
+  const auto vecs_of = [&](int64_t b) { return m.gates ? 4 : first_vector(m, b + 1) - first_vector(m, b); };
+  if (m.k_stride == 1) {
+    for (int64_t b = begin; b < end; ++b)
+      for (int64_t v = 0, vecs = vecs_of(b); v < vecs; ++v) {
+        const VectorSource from = vector_source(m, first_vector(m, b), v, V::size);
+        pack_transposed<S>(block(b) + v * V::size, vecs * V::size, source + from.offset, m.output_stride, from.lanes, m.K);
+      }
+    return;
+  }
+  for (int64_t k = 0; k < m.K; ++k) {  // the source is read as it lies, row by row
+    const S* row = source + k * m.k_stride;
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = first_vector(m, b), vecs = vecs_of(b);
+      C* dst = block(b) + k * vecs * V::size;
+      for (int64_t v = 0; v < vecs; ++v)
+        with_lanes<C>((first + v) * V::size, m.outputs, [&](auto lanes) __attribute__((always_inline)) {
+          store(dst + v * V::size, load<C>(row + (first + v) * V::size, lanes), Full{});
+        });
     }
   }
 }

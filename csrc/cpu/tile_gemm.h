@@ -36,7 +36,10 @@ constexpr int tile_sets(int accumulators) {
   return accumulators > most / 2 ? 1 : accumulators > most / 4 ? 2 : 4;
 }
 
-template <class C, int R, int NV>
+// Weights beyond the L2 cache are fetched this many terms ahead: the hardware stops at every page.
+constexpr int kPrefetchTerms = 32;
+
+template <class C, int R, int NV, bool Stream>
 __attribute__((noinline)) void tile_gemm(int64_t K, const C* __restrict w, const C* __restrict x, int64_t ldx,
                                          C* __restrict tile) {
   using V = Vec<C>;
@@ -55,6 +58,7 @@ __attribute__((noinline)) void tile_gemm(int64_t K, const C* __restrict w, const
     for (int r = 0; r < R; ++r) xk[r] = V(x[r * ldx + k]);
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
+      if constexpr (Stream) __builtin_prefetch(w + ((k + kPrefetchTerms) * NV + v) * V::size);
       V wk = load<C>(w + (k * NV + v) * V::size, Full{});
       FB_PIN(wk.raw);
 #pragma GCC unroll 8
@@ -83,30 +87,30 @@ __attribute__((noinline)) void tile_gemm(int64_t K, const C* __restrict w, const
 template <class C>
 using TileFn = void (*)(int64_t K, const C* w, const C* x, int64_t ldx, C* tile);
 
-template <class C, int NV>
+template <class C, int NV, bool Stream>
 FB_INLINE TileFn<C> tile_fn_rows(int rows) {
   switch (rows) {
-    case 1: return tile_gemm<C, 1, NV>;
-    case 2: return tile_gemm<C, 2, NV>;
+    case 1: return tile_gemm<C, 1, NV, Stream>;
+    case 2: return tile_gemm<C, 2, NV, Stream>;
 #if FB_VEC_BYTES >= 32
-    case 3: return tile_gemm<C, 3, NV>;
+    case 3: return tile_gemm<C, 3, NV, Stream>;
 #endif
 #if FB_VEC_BYTES >= 64
-    case 4: return tile_gemm<C, 4, NV>;
-    case 5: return tile_gemm<C, 5, NV>;
-    case 6: return tile_gemm<C, 6, NV>;
+    case 4: return tile_gemm<C, 4, NV, Stream>;
+    case 5: return tile_gemm<C, 5, NV, Stream>;
+    case 6: return tile_gemm<C, 6, NV, Stream>;
 #endif
     default: return nullptr;
   }
 }
 
-template <class C>
+template <class C, bool Stream>
 inline TileFn<C> tile_fn(int rows, int vecs) {
   switch (vecs) {
-    case 1: return tile_fn_rows<C, 1>(rows);
-    case 2: return tile_fn_rows<C, 2>(rows);
-    case 3: return tile_fn_rows<C, 3>(rows);
-    default: return tile_fn_rows<C, 4>(rows);
+    case 1: return tile_fn_rows<C, 1, Stream>(rows);
+    case 2: return tile_fn_rows<C, 2, Stream>(rows);
+    case 3: return tile_fn_rows<C, 3, Stream>(rows);
+    default: return tile_fn_rows<C, 4, Stream>(rows);
   }
 }
 
@@ -119,16 +123,16 @@ struct RowTiles {
   }
 };
 
-// Rows of x (row stride ldx) times one block of weights; f(tile, row, rows) consumes each tile.
-template <class C, class F>
-FB_INLINE void for_tiles(const C* w, int vecs, int64_t K, const C* x, int64_t ldx, const RowTiles& tiles, F&& f) {
+// Calls product(rows, x + row * ldx, tile) and then consume(tile, row, rows) for every tile.
+template <class C, class Product, class Consume>
+FB_INLINE void for_tiles(const C* x, int64_t ldx, const RowTiles& tiles, Product&& product, Consume&& consume) {
   alignas(FB_VEC_BYTES) C tile[kTileRows * kTileVecs * Vec<C>::size];
   int64_t row = tiles.begin;
   for (int64_t i = 0; i < tiles.count; ++i) {
     const int rows = (int)(tiles.rows + (i < tiles.larger));
-    tile_fn<C>(rows, vecs)(K, w, x + row * ldx, ldx, tile);
+    product(rows, x + row * ldx, tile);
     if (rows > kTileRows) __builtin_unreachable();  // keeps the compiler from warning about overrunning the tile
-    f(tile, row, rows);
+    consume(tile, row, rows);
     row += rows;
   }
 }
@@ -168,19 +172,11 @@ FB_INLINE void transpose_square(Vec<C> (&m)[Vec<C>::size]) {
 #endif
 }
 
-// One vector of outputs: dst[k * dst_stride + lane] = src[lane * lane_stride + k * k_stride], zero from `lanes` on.
-// One of the two source strides is 1.
+// One vector of outputs: dst[k * dst_stride + lane] = src[lane * lane_stride + k], zero from `lanes` on.
 template <class S>
-void pack_vector(Compute<S>* dst, int64_t dst_stride, const S* src, int64_t lane_stride, int64_t k_stride, int lanes,
-                 int64_t K) {
+void pack_transposed(Compute<S>* dst, int64_t dst_stride, const S* src, int64_t lane_stride, int lanes, int64_t K) {
   using C = Compute<S>;
   using V = Vec<C>;
-  if (lane_stride == 1) {
-    with_lanes<C>(0, lanes, [&](auto mask) __attribute__((always_inline)) {
-      for (int64_t k = 0; k < K; ++k) store(dst + k * dst_stride, load<C>(src + k * k_stride, mask), Full{});
-    });
-    return;
-  }
   for (int64_t k = 0; k < K; k += V::size) {
     V square[V::size];
     with_lanes<C>(k, K, [&](auto mask) __attribute__((always_inline)) {
@@ -192,6 +188,46 @@ void pack_vector(Compute<S>* dst, int64_t dst_stride, const S* src, int64_t lane
     const int rows = (int)(K - k < V::size ? K - k : V::size);
     for (int j = 0; j < rows; ++j) store(dst + (k + j) * dst_stride, square[j], Full{});
   }
+}
+
+// ---- without packing --------------------------------------------------------------------------------------------
+
+// One vector of outputs of one row, out[lane] = sum_k x[k] * w[lane * lane_stride + k], from weights as they lie. Packing
+// costs about as much as three products, so a call with very few rows is better off without.
+template <class S>
+__attribute__((noinline)) void dot_vector(int64_t K, const S* w, int64_t lane_stride, int lanes, const Compute<S>* x,
+                                          Compute<S>* out) {
+  using C = Compute<S>;
+  using V = Vec<C>;
+  constexpr int group = V::size < 4 ? V::size : 4;
+  V square[V::size];
+  for (int lane = 0; lane < V::size; lane += group) {
+    V acc[2][group];
+#pragma GCC unroll 4
+    for (int j = 0; j < group; ++j) acc[0][j] = acc[1][j] = V(C(0));
+    const S* row[group];
+#pragma GCC unroll 4
+    for (int j = 0; j < group; ++j) row[j] = w + (lane + j < lanes ? lane + j : 0) * lane_stride;
+    auto multiply = [&](int64_t k, V(&a)[group], auto mask) __attribute__((always_inline)) {
+      const V xk = load<C>(x + k, mask);
+#pragma GCC unroll 4
+      for (int j = 0; j < group; ++j) a[j] = a[j] + xk * load<C>(row[j] + k, mask);
+    };
+    int64_t k = 0;
+    for (; k + 2 * V::size <= K; k += 2 * V::size) {
+      multiply(k, acc[0], Full{});
+      multiply(k + V::size, acc[1], Full{});
+    }
+    for (; k < K; k += V::size)
+      with_lanes<C>(k, K, [&](auto mask) __attribute__((always_inline)) { multiply(k, acc[0], mask); });
+#pragma GCC unroll 4
+    for (int j = 0; j < group; ++j) square[lane + j] = acc[0][j] + acc[1][j];
+  }
+  transpose_square<C>(square);
+  V sum = square[0];
+#pragma GCC unroll 16
+  for (int j = 1; j < V::size; ++j) sum = sum + square[j];
+  store(out, sum, Full{});
 }
 
 }  // namespace fuseblock::FB_ISA
