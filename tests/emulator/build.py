@@ -81,7 +81,7 @@ def build(
         kernel += ["-fvisibility=hidden", f"-isystem{pybind11.get_include()}", f"-isystem{python}"]
     runtime = [*common, "-O2", *runtime_flags]
 
-    headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *RUNTIME.iterdir()]
+    headers = [*(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "csrc" / "math").iterdir(), *RUNTIME.iterdir()]
     folder = CACHE / f"{name}-{variant}-{_digest([*kernel, *runtime], sorted([*headers, *sources]))}"
     suffix = sysconfig.get_config_var("EXT_SUFFIX") if module else ""
     target = folder / f"{name}{suffix}"
