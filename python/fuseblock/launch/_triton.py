@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fuseblock.kernels import lstm_gates as _kernels
 from torch import Tensor
+
+from fuseblock.kernels import lstm_gates as _kernels
 
 #: Whether kernels were decorated under TRITON_INTERPRET=1, which runs them on the CPU, for tests.
 INTERPRETED = not isinstance(_kernels.lstm_gates_fwd_kernel, triton.runtime.JITFunction)
@@ -34,6 +35,18 @@ def math_dtype(x: Tensor) -> Any:
 @cache
 def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+@cache
+def _shared_memory(index: int) -> int:
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def why_not_shared(x: Tensor, needed: int) -> str | None:
+    """The reason why x's device cannot give `needed` bytes of shared memory to one block, or None."""
+    if INTERPRETED or (available := _shared_memory(x.get_device())) >= needed:
+        return None
+    return f"{needed} bytes of shared memory per block are needed, {available} are there"
 
 
 def why_not(x: Tensor) -> str | None:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import triton
-from fuseblock.kernels.lstm_recurrence import lstm_recurrence_bwd_kernel, lstm_recurrence_fwd_kernel
 from torch import Tensor
+
+from fuseblock.kernels.lstm_recurrence import lstm_recurrence_bwd_kernel, lstm_recurrence_fwd_kernel
 
 from ..dispatch import Candidate
 from . import _triton, per_step, triton_lstm_gates
@@ -28,6 +29,11 @@ class PersistentConfig:
 
     block_h: int
     num_warps: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that suffice for both kernels in every dtype, as compiled."""
+        return 151552 if self.block_h == 128 else 86016
 
     @property
     def options(self) -> dict[str, int | None]:
@@ -69,7 +75,7 @@ def _why_not_persistent(
     if w_hr is not None:
         return "the persistent kernel has no projection"
     config = persistent_config(x.dtype, w_hh.shape[1] // 4)
-    return config if isinstance(config, str) else None
+    return config if isinstance(config, str) else _triton.why_not_shared(x, config.shared)
 
 
 def why_not_persistent_fwd(
