@@ -1,5 +1,6 @@
 #include "team.h"
 
+#include <pthread.h>
 #include <sched.h>
 
 #include <chrono>
@@ -14,6 +15,9 @@
 namespace fuseblock::cpu {
 
 namespace {
+
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
 
 void relax() {
 #if defined(__x86_64__)
@@ -73,6 +77,8 @@ void barrier_wait(Barrier* b) {
   }
   spin_until([&] { return b->phase.load(std::memory_order_acquire) != phase; });
 }
+
+bool in_forked_child() { return forked.load(std::memory_order_relaxed); }
 
 int64_t available_cpus() {
 #if defined(__linux__)

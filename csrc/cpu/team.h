@@ -12,6 +12,10 @@ struct Barrier;
 // How many CPUs this process may run on; more spinning threads than that would only wait for each other.
 int64_t available_cpus();
 
+// Whether this process was forked after this library was loaded. OpenMP pools do not survive a fork (a parallel region of
+// the child waits for threads that only the parent has), so kernels then stay on the calling thread.
+bool in_forked_child();
+
 // Runs work(j) for all j < n at the same time, each on its own thread; work may then use barriers. If the pool does not
 // bring n threads together soon (nested region, smaller pool), nothing of it runs and the result is false.
 bool run_together(const Threads&, int64_t n, void (*work)(int64_t j, void* context), void* context);

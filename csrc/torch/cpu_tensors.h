@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../cpu/kernel_table.h"
+#include "../cpu/team.h"
 
 namespace fuseblock::torch_cpu {
 
@@ -105,7 +106,7 @@ inline cpu::Threads torch_threads() {
   const auto run = [](int64_t n, int64_t grain, cpu::Threads::Body body, void* context) {
     torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
   };
-  return {run, (int64_t)torch::stable::get_num_threads()};
+  return {run, cpu::in_forked_child() ? 1 : (int64_t)torch::stable::get_num_threads()};
 }
 
 inline void check_isa(const char* op) {
