@@ -80,7 +80,7 @@ class DifferentiableOp:
     def __call__(self, *args: Any) -> Any:
         if not torch.compiler.is_compiling():
             if torch._C._are_functorch_transforms_active():
-                return self._function.apply(*self._cast_for_autocast(args))
+                return self._function.apply(*self.cast_for_autocast(args))
             if forward_mode_active():
                 # register_autograd would drop the tangents without a word.
                 raise NotImplementedError(
@@ -114,7 +114,8 @@ class DifferentiableOp:
         OverOp.__name__ = OverOp.__qualname__ = f"{self.name}_function"
         return OverOp
 
-    def _cast_for_autocast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def cast_for_autocast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments as autocast, if it is on, hands them to the operator."""
         if self._autocast is None:
             return args
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))

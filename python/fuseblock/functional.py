@@ -50,6 +50,7 @@ def lstm_gates(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         fuseblock.BackendError: the forced backend cannot run these tensors.
     """
     if _plain_pytorch():
+        gates, c = ops.lstm_gates.cast_for_autocast((gates, c))
         ops.check_lstm_gates(gates, c)
         return lstm_gates_reference(gates, c)
     return ops.lstm_gates(gates, c)
@@ -88,8 +89,9 @@ def lstm_recurrence(
     """
     tensors = (gx, h0, c0, w_hh, w_hr)
     if _plain_pytorch():
-        ops.check_lstm_recurrence(*tensors, lengths, batch_sizes)
-        y, h_n, c_n, _, _ = lstm_recurrence_reference(*tensors, lengths, batch_sizes, False)
+        args = ops.lstm_recurrence.cast_for_autocast((*tensors, lengths, batch_sizes, False))
+        ops.check_lstm_recurrence(*args[:-1])
+        y, h_n, c_n, _, _ = lstm_recurrence_reference(*args)
         return y, h_n, c_n
     save_state = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
