@@ -175,7 +175,7 @@ def test_layouts(engine: str) -> None:
 @pytest.mark.parametrize("form", ["batched", "packed"])
 @pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
-def test_autocast(input_dtype: torch.dtype, state_dtype: torch.dtype | None, form: str) -> None:
+def test_autocast(engine: str, input_dtype: torch.dtype, state_dtype: torch.dtype | None, form: str) -> None:
     """Under autocast the results have stock's dtypes and 16-bit accuracy."""
     stock, ours = twins(torch.nn.LSTM, 4, 3, num_layers=2)
     x = torch.randn(5, 2, 4).to(input_dtype)
@@ -188,6 +188,19 @@ def test_autocast(input_dtype: torch.dtype, state_dtype: torch.dtype | None, for
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a.float(), b.float(), rtol=2**-6, atol=2**-6)
+
+
+def test_complex_weights() -> None:
+    """torch.nn alone runs them: its results, unless a backend is forced."""
+    stock, ours = twins(torch.nn.LSTM, 4, 3, dtype=torch.complex64)
+    x = torch.randn(5, 2, 4, dtype=torch.complex64)
+    torch.testing.assert_close(ours(x)[0], stock(x)[0])
+    sequence = packed(x, [5, 2])
+    torch.testing.assert_close(ours(sequence)[0].data, stock(sequence)[0].data)
+    with fuseblock.backend("reference"):
+        for call in (x, sequence):
+            with pytest.raises(fuseblock.BackendError, match=r"LSTM: only torch\.nn runs"):
+                ours(call)
 
 
 def test_autocast_backward() -> None:
