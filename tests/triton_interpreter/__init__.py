@@ -3,7 +3,7 @@
 Triton's own interpreter runs kernels with NumPy when TRITON_INTERPRET=1 is set before they are decorated. On top of it,
 `install()` gives
 
-* right results for bfloat16: the stock tl.dot multiplies the bit patterns, the stock atomic_add refuses;
+* right results for bfloat16: the stock casts truncate, tl.dot multiplies the bit patterns, atomic_add refuses;
 * what the CUDA backend refuses, refused: tl.dot with an inner dimension below 16;
 * detection of out-of-bounds loads, stores and atomics, per tensor view: `OutOfBoundsError` instead of a corrupted heap;
 * programs that take turns at atomics, so that kernels which wait for each other run: see `program_order`;

@@ -19,9 +19,11 @@ def bf16_to_float32(bits: np.ndarray) -> np.ndarray:
 
 
 def float32_to_bf16(values: np.ndarray) -> np.ndarray:
-    """Bit patterns of finite values, rounded to nearest even."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    """Bit patterns, rounded to nearest even as GPUs do; NaN stays NaN."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    bits = values.view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
 def _values(handle: Any) -> np.ndarray:
@@ -33,8 +35,10 @@ def _smallest_inner_dimension(bits: int) -> int:
 
 
 def install() -> None:
-    """Replace tl.dot, bfloat16 atomics and the conversion of scalars to Python integers."""
+    """Replace tl.dot, bfloat16 conversions and atomics, and the conversion of scalars to Python integers."""
     stock_dot, stock_rmw = _Builder.create_dot, _Builder.create_atomic_rmw
+    stock_binary = _Builder.binary_op
+    stock_cast, stock_fp_to_fp = _Builder.cast_impl, _Builder.create_fp_to_fp
     stock_patch_tensor = interpreter._patch_lang_tensor
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
@@ -43,6 +47,26 @@ def install() -> None:
         if tl.bfloat16 in (a.dtype.scalar, b.dtype.scalar):
             return interpreter.TensorHandle(np.matmul(_values(a), _values(b)) + d.data, d.dtype.scalar)
         return stock_dot(self, a, b, d, *rest)
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        """Cast with rounding: the stock one truncates float32 to bfloat16."""
+        if dst_type.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(float32_to_bf16(_values(src)), tl.bfloat16)
+        if src.dtype.scalar == tl.bfloat16:
+            data = _values(src).astype(interpreter._get_np_dtype(dst_type))
+            return interpreter.TensorHandle(data, dst_type.scalar)
+        return stock_cast(self, src, dst_type)
+
+    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        if dst_type.scalar == tl.bfloat16 and rounding_mode == ir.ROUNDING_MODE.RTNE:
+            return cast_impl(self, src, dst_type)
+        return stock_fp_to_fp(self, src, dst_type, rounding_mode)
+
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        """Refuse what the stock one computes on the bit patterns."""
+        if tl.bfloat16 in (lhs.dtype.scalar, rhs.dtype.scalar):
+            raise NotImplementedError("interpreted bfloat16 arithmetic: convert to float32 first")
+        return stock_binary(self, lhs, rhs, op)
 
     def create_atomic_rmw(self: Any, op: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> Any:
         if val.dtype.scalar != tl.bfloat16:
@@ -57,6 +81,9 @@ def install() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     _Builder.create_dot = create_dot
+    _Builder.binary_op = binary_op
+    _Builder.cast_impl = cast_impl
+    _Builder.create_fp_to_fp = create_fp_to_fp
     _Builder.create_atomic_rmw = create_atomic_rmw
     interpreter._patch_lang_tensor = patch_tensor
 

@@ -34,6 +34,11 @@ def _scale_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _copy_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    tl.store(y_ptr + tl.arange(0, BLOCK), tl.load(x_ptr + tl.arange(0, BLOCK)))
+
+
+@triton.jit
 def _dot_kernel(a_ptr, b_ptr, out_ptr, K, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     rows, inner = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -76,6 +81,22 @@ def test_dot(dtype: torch.dtype) -> None:
     out = torch.empty(16, 16)
     _dot_kernel[(1,)](a, b, out, 64, BLOCK=16, BLOCK_K=16)
     torch.testing.assert_close(out, a.float() @ b.float(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_casts_to_bfloat16_round_to_nearest_even(dtype: torch.dtype) -> None:
+    x = torch.cat((torch.randn(28), torch.tensor([0.0, 1e-39, float("inf"), float("nan")]))).to(dtype)
+    y, back = torch.empty(32, dtype=torch.bfloat16), torch.empty(32, dtype=dtype)
+    _copy_kernel[(1,)](x, y, BLOCK=32)
+    torch.testing.assert_close(y, x.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+    _copy_kernel[(1,)](y, back, BLOCK=32)
+    torch.testing.assert_close(back, y.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_bfloat16_arithmetic_is_refused_not_wrong() -> None:
+    x = torch.randn(16).to(torch.bfloat16)
+    with pytest.raises(InterpreterError, match="bf"):
+        _scale_kernel[(1,)](x, x, 16, BLOCK=16)
 
 
 def test_dot_refuses_what_the_cuda_backend_refuses() -> None:
