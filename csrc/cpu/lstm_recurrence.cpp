@@ -23,6 +23,7 @@ constexpr int64_t kWorkPerThread = 1 << 20;   // below this, waking a thread cos
 constexpr int64_t kWorkPerBarrier = 1 << 16;  // per thread and step
 constexpr int64_t kPackGrain = 1 << 15;       // elements
 constexpr int64_t kRowsWithoutPacking = 4;    // of all steps, or of one step if the weights are large
+constexpr int64_t kCacheBytes = 1 << 20;      // of weights that every core can hold for itself
 constexpr int64_t kMaxVecs = 4;               // vectors of outputs per flat block
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -98,6 +99,8 @@ PackedMatrix flat_matrix(int64_t outputs, int64_t K, int64_t output_stride, int6
   if (blocks > vectors) blocks = vectors;
   return {nullptr, nullptr, outputs, K, output_stride, k_stride, vectors, blocks, false};
 }
+
+int64_t packed_elements(const PackedMatrix& m, int64_t lanes) { return m.vectors * (m.gates ? 4 : 1) * m.K * lanes; }
 
 // Packing pays when the packed weights are used more than a few times. Where they exceed the cache and meet few rows in
 // every step, reading them dominates and is as fast from the matrix itself.

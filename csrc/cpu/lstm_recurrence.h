@@ -80,12 +80,6 @@ struct PackedMatrix {
   bool gates;                       // a block holds the four gates of one vector of units
 };
 
-constexpr int64_t kCacheBytes = 1 << 20;  // of weights that a core can keep near
-
-inline int64_t packed_elements(const PackedMatrix& m, int64_t lanes) {
-  return m.vectors * (m.gates ? 4 : 1) * m.K * lanes;
-}
-
 struct Barrier;
 void barrier_wait(Barrier*);
 

@@ -10,7 +10,6 @@ namespace fuseblock::FB_ISA {
 
 using cpu::Layout;
 using cpu::PackedMatrix;
-using cpu::packed_elements;
 using cpu::Part;
 using cpu::Series;
 
@@ -140,14 +139,13 @@ struct Sweep {
   FB_INLINE void multiply(const PackedMatrix& m, const C* x, int64_t K, int64_t begin, int64_t end, F&& f) const {
     const Range mine = blocks(m);
     const RowTiles tiles(begin, end);
-    const bool stream = packed_elements(m, V::size) * (int64_t)sizeof(C) > part.members * cpu::kCacheBytes;
     for (int64_t b = mine.begin; b < mine.end; ++b) {
       const int64_t vector = first_vector(m, b);
       const int vecs = m.gates ? 4 : (int)(first_vector(m, b + 1) - vector);
       const auto product = [&](int n, const C* rows_of_x, C* tile) __attribute__((always_inline)) {
         if (!m.packed) return dot_tile(m, vector, vecs, n, K, rows_of_x, tile);
         const C* w = static_cast<const C*>(m.packed) + vector * (m.gates ? 4 : 1) * m.K * V::size;
-        (stream ? tile_fn<C, true>(n, vecs) : tile_fn<C, false>(n, vecs))(K, w, rows_of_x, m.K, tile);
+        tile_fn<C>(n, vecs)(K, w, rows_of_x, m.K, tile);
       };
       for_tiles<C>(x, m.K, tiles, product, [&](C* tile, int64_t row, int n) __attribute__((always_inline)) {
         f(tile, vecs, row, vector * V::size, n);

@@ -36,10 +36,7 @@ constexpr int tile_sets(int accumulators) {
   return accumulators > most / 2 ? 1 : accumulators > most / 4 ? 2 : 4;
 }
 
-// Weights beyond the L2 cache are fetched this many terms ahead: the hardware stops at every page.
-constexpr int kPrefetchTerms = 32;
-
-template <class C, int R, int NV, bool Stream>
+template <class C, int R, int NV>
 __attribute__((noinline)) void tile_gemm(int64_t K, const C* __restrict w, const C* __restrict x, int64_t ldx,
                                          C* __restrict tile) {
   using V = Vec<C>;
@@ -58,7 +55,6 @@ __attribute__((noinline)) void tile_gemm(int64_t K, const C* __restrict w, const
     for (int r = 0; r < R; ++r) xk[r] = V(x[r * ldx + k]);
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      if constexpr (Stream) __builtin_prefetch(w + ((k + kPrefetchTerms) * NV + v) * V::size);
       V wk = load<C>(w + (k * NV + v) * V::size, Full{});
       FB_PIN(wk.raw);
 #pragma GCC unroll 8
@@ -87,30 +83,30 @@ __attribute__((noinline)) void tile_gemm(int64_t K, const C* __restrict w, const
 template <class C>
 using TileFn = void (*)(int64_t K, const C* w, const C* x, int64_t ldx, C* tile);
 
-template <class C, int NV, bool Stream>
+template <class C, int NV>
 FB_INLINE TileFn<C> tile_fn_rows(int rows) {
   switch (rows) {
-    case 1: return tile_gemm<C, 1, NV, Stream>;
-    case 2: return tile_gemm<C, 2, NV, Stream>;
+    case 1: return tile_gemm<C, 1, NV>;
+    case 2: return tile_gemm<C, 2, NV>;
 #if FB_VEC_BYTES >= 32
-    case 3: return tile_gemm<C, 3, NV, Stream>;
+    case 3: return tile_gemm<C, 3, NV>;
 #endif
 #if FB_VEC_BYTES >= 64
-    case 4: return tile_gemm<C, 4, NV, Stream>;
-    case 5: return tile_gemm<C, 5, NV, Stream>;
-    case 6: return tile_gemm<C, 6, NV, Stream>;
+    case 4: return tile_gemm<C, 4, NV>;
+    case 5: return tile_gemm<C, 5, NV>;
+    case 6: return tile_gemm<C, 6, NV>;
 #endif
     default: return nullptr;
   }
 }
 
-template <class C, bool Stream>
+template <class C>
 inline TileFn<C> tile_fn(int rows, int vecs) {
   switch (vecs) {
-    case 1: return tile_fn_rows<C, 1, Stream>(rows);
-    case 2: return tile_fn_rows<C, 2, Stream>(rows);
-    case 3: return tile_fn_rows<C, 3, Stream>(rows);
-    default: return tile_fn_rows<C, 4, Stream>(rows);
+    case 1: return tile_fn_rows<C, 1>(rows);
+    case 2: return tile_fn_rows<C, 2>(rows);
+    case 3: return tile_fn_rows<C, 3>(rows);
+    default: return tile_fn_rows<C, 4>(rows);
   }
 }
 
