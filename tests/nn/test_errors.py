@@ -47,6 +47,7 @@ LSTM_CALLS: dict[str, Callable[[torch.nn.Module], Any]] = {
     "features": lambda m: m(X[..., :3]),
     "features, unbatched": lambda m: m(X[:, 0, :3]),
     "dtype": lambda m: m(X.double()),
+    "dtype of 16 bit": lambda m: m(X.bfloat16()),
     "integers": lambda m: m(X.long()),
     "complex": lambda m: m(X.to(torch.complex64)),
     "device": lambda m: m(X.to("meta")),
@@ -67,6 +68,7 @@ LSTM_CALLS: dict[str, Callable[[torch.nn.Module], Any]] = {
     "state dtype": lambda m: m(X, (zeros(1, 2, 3, dtype=F64), zeros(1, 2, 3, dtype=F64))),
     "state dtype of h": lambda m: m(X, (zeros(1, 2, 3, dtype=F64), zeros(1, 2, 3))),
     "state dtype of c": lambda m: m(X, (zeros(1, 2, 3), zeros(1, 2, 3, dtype=F64))),
+    "state dtype of 16 bit": lambda m: m(X, (zeros(1, 2, 3).bfloat16(), zeros(1, 2, 3).bfloat16())),
     "state device": lambda m: m(X, (zeros(1, 2, 3, device="meta"), zeros(1, 2, 3))),
     "packed features": lambda m: m(PACKED._replace(data=PACKED.data[:, :3])),
     "packed dtype": lambda m: m(PACKED.to(F64)),
@@ -105,6 +107,7 @@ CELL_CALLS: dict[str, Callable[[torch.nn.Module], Any]] = {
     "state features of h": lambda m: m(CELL_X, (zeros(2, 4), zeros(2, 3))),
     "state features of c": lambda m: m(CELL_X, (zeros(2, 3), zeros(2, 4))),
     "state dtype of h": lambda m: m(CELL_X, (zeros(2, 3, dtype=F64), zeros(2, 3))),
+    "state dtype of 16 bit": lambda m: m(CELL_X, (zeros(2, 3).bfloat16(), zeros(2, 3))),
     "state device": lambda m: m(CELL_X, (zeros(2, 3, device="meta"), zeros(2, 3))),
 }
 
