@@ -7,7 +7,7 @@
 #define FB_ISA avx2
 #define FB_VEC_BYTES 32
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("arch=x86-64-v3"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")

@@ -7,7 +7,7 @@
 #define FB_ISA avx512
 #define FB_VEC_BYTES 64
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("arch=x86-64-v4"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,f16c,bmi2"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")

@@ -12,23 +12,17 @@ extern const KernelTable kernels_avx2, kernels_avx512;
 
 namespace {
 
-bool has_avx512() {
 #if defined(__x86_64__)
+bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#else
-  return false;
-#endif
 }
 
 bool has_avx2() {
-#if defined(__x86_64__)
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
          __builtin_cpu_supports("f16c");
-#else
-  return false;
-#endif
 }
+#endif
 
 const KernelTable* choose() {
   const char* name = std::getenv("FUSEBLOCK_CPU_ISA");

@@ -2,7 +2,7 @@
 //
 //   tile[r][v] = sum_k x[r][k] * w[k][v]        r < R rows, v < NV vectors of outputs, k < K
 //
-// R * NV accumulators stay in registers for the whole sum. Packed weights are zero-padded to whole vectors and lie as
+// R * NV accumulators stay in registers. Packed weights are zero-padded to whole vectors and lie as
 // [block][k][NV][lanes], so that a block streams in order of use and stays in L2 while the rows pass.
 //   gates layout: NV = 4, the four gates of the same units (rows g*H + u of a (4H, K) matrix);
 //   flat layout:  NV <= 4 consecutive vectors of outputs, blocks of nearly equal size.
@@ -22,10 +22,8 @@ constexpr int kTileRows = 2;
 constexpr int kTileVecs = 4;
 
 // Keeps a value in a register: GCC would load a weight again for every row that uses it.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(__clang__)
 #define FB_PIN(raw) asm("" : "+v"(raw))
-#elif defined(__aarch64__)
-#define FB_PIN(raw) asm("" : "+w"(raw))
 #else
 #define FB_PIN(raw)
 #endif
@@ -36,48 +34,55 @@ constexpr int tile_sets(int accumulators) {
   return accumulators > most / 2 ? 1 : accumulators > most / 4 ? 2 : 4;
 }
 
+// A sum is made of partial sums of this many terms, which keeps its rounding error from growing with K.
+constexpr int64_t kTermsPerSum = 64;
+
 template <class C, int R, int NV>
 __attribute__((noinline)) void tile_gemm(int64_t K, const C* __restrict w, const C* __restrict x, int64_t ldx,
                                          C* __restrict tile) {
   using V = Vec<C>;
   constexpr int sets = tile_sets(R * NV);
-  V acc[sets][R][NV];
+  for (int64_t begin = 0; begin == 0 || begin < K; begin += kTermsPerSum) {
+    const int64_t end = K - begin < kTermsPerSum ? K : begin + kTermsPerSum;
+    V acc[sets][R][NV];
 #pragma GCC unroll 4
-  for (int s = 0; s < sets; ++s)
+    for (int s = 0; s < sets; ++s)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[s][r][v] = V(C(0));
+
+    auto multiply = [&](int64_t k, V(&a)[R][NV]) __attribute__((always_inline)) {
+      V xk[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) xk[r] = V(x[r * ldx + k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        V wk = load<C>(w + (k * NV + v) * V::size, Full{});
+        FB_PIN(wk.raw);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) a[r][v] = a[r][v] + xk[r] * wk;
+      }
+    };
+    int64_t k = begin;
+    for (; k + sets <= end; k += sets) {
+#pragma GCC unroll 4
+      for (int s = 0; s < sets; ++s) multiply(k + s, acc[s]);
+    }
+    if constexpr (sets > 1)
+      for (; k < end; ++k) multiply(k, acc[0]);
+
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[s][r][v] = V(C(0));
-
-  auto multiply = [&](int64_t k, V(&a)[R][NV]) __attribute__((always_inline)) {
-    V xk[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) xk[r] = V(x[r * ldx + k]);
+      for (int v = 0; v < NV; ++v) {
+        C* const out = tile + (r * NV + v) * V::size;
+        V sum = acc[0][r][v];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      V wk = load<C>(w + (k * NV + v) * V::size, Full{});
-      FB_PIN(wk.raw);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) a[r][v] = a[r][v] + xk[r] * wk;
-    }
-  };
-  int64_t k = 0;
-  for (; k + sets <= K; k += sets) {
-#pragma GCC unroll 4
-    for (int s = 0; s < sets; ++s) multiply(k + s, acc[s]);
+        for (int s = 1; s < sets; ++s) sum = sum + acc[s][r][v];
+        store(out, begin == 0 ? sum : load<C>(out, Full{}) + sum, Full{});
+      }
   }
-  if constexpr (sets > 1)
-    for (; k < K; ++k) multiply(k, acc[0]);
-
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      V sum = acc[0][r][v];
-#pragma GCC unroll 4
-      for (int s = 1; s < sets; ++s) sum = sum + acc[s][r][v];
-      store(tile + (r * NV + v) * V::size, sum, Full{});
-    }
 }
 
 template <class C>
