@@ -1,0 +1,85 @@
+"""Which files have mutants, how a mutant of each is made to run, and which tests have to notice it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+_CPU = ("tests/ops/test_lstm_recurrence.py", "tests/ops/test_lstm_gates.py")
+_NOT_CPU = (
+    "not triton and not cuda and not reference and not bad_input and not opcheck and not seventy and not auto"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file and its tests.
+
+    Attributes:
+        kit: ``python`` and ``triton`` files are only replaced, those of ``emulator`` and ``cpu`` are compiled.
+        stages: arguments of the pytest runs, one after the other, those that find most mutants first.
+        barrier_stages: the runs for removed barriers, where `stages` runs on one thread and cannot tell.
+    """
+
+    path: str
+    kit: str
+    stages: tuple[tuple[str, ...], ...]
+    barrier_stages: tuple[tuple[str, ...], ...] = ()
+
+
+def _selected(expression: str, *files: str) -> tuple[str, ...]:
+    return (*files, "-k", expression)
+
+
+_EMULATOR = (("tests/emulator/test_lstm_gates_emulated.py",),)
+_CPU_GATES = (_selected(_NOT_CPU, "tests/ops/test_lstm_gates.py"),)
+_CPU_RECURRENCE = (
+    _selected(f"{_NOT_CPU} and not odd_sizes", "tests/ops/test_lstm_recurrence.py"),
+    _selected("odd_sizes", "tests/ops/test_lstm_recurrence.py"),
+)
+_THREADS = (("tests/test_cpu_threads.py",),)
+_REFERENCE = (_selected("reference or gradgradcheck_of_packed", *_CPU),)
+_TRITON_GATES = (
+    _selected("lstm_gates or per_step", "tests/ops/test_triton_kernels.py"),
+    _selected("not lstm_gates and not per_step", "tests/ops/test_triton_kernels.py"),
+)
+_TRITON_RECURRENCE = (_selected("not lstm_gates and not per_step", "tests/ops/test_triton_kernels.py"),)
+
+SOURCES = [
+    Source("csrc/math/lstm_gates.h", "emulator", _EMULATOR),
+    Source("csrc/cuda/lstm_gates.cuh", "emulator", _EMULATOR),
+    Source("csrc/cuda/lstm_gates.cu", "emulator", _EMULATOR),
+    Source("csrc/cuda/vector.h", "emulator", _EMULATOR),
+    Source("csrc/cuda/numeric.h", "emulator", _EMULATOR),
+    Source("python/fuseblock/reference/lstm_gates.py", "python", _REFERENCE),
+    Source("python/fuseblock/reference/lstm_recurrence.py", "python", _REFERENCE),
+    Source("python/fuseblock/reference/_adjoint.py", "python", _REFERENCE),
+    Source("python/fuseblock/launch/per_step.py", "python", (("tests/ops/test_per_step.py",),)),
+    Source(
+        "python/fuseblock/ops/_recurrent_weight_grad.py",
+        "python",
+        (
+            _selected("gradgradcheck and (cpu or packed)", "tests/ops/test_lstm_recurrence.py"),
+            ("tests/nn/test_lengths.py",),
+        ),
+    ),
+    Source("python/fuseblock/_ragged.py", "python", (("tests/nn/test_lengths.py",),)),
+    Source("csrc/math/activations.h", "cpu", _CPU_GATES),
+    Source("csrc/cpu/gates_kernels.h", "cpu", _CPU_GATES + _CPU_RECURRENCE),
+    Source("csrc/cpu/recurrence_fwd.h", "cpu", _CPU_RECURRENCE, _THREADS),
+    Source("csrc/cpu/recurrence_bwd.h", "cpu", _CPU_RECURRENCE, _THREADS),
+    Source("csrc/cpu/recurrence_bwd_bwd.h", "cpu", _CPU_RECURRENCE, _THREADS),
+    Source("csrc/cpu/sweep.h", "cpu", _CPU_RECURRENCE, _THREADS),
+    Source("csrc/cpu/tile_gemm.h", "cpu", _CPU_RECURRENCE),
+    Source("kernels/activations.py", "triton", _TRITON_GATES[:1]),
+    Source("kernels/lstm_gates.py", "triton", _TRITON_GATES),
+    Source("kernels/lstm_recurrence.py", "triton", _TRITON_RECURRENCE),
+]
+
+
+def matching(pattern: str) -> list[Source]:
+    """The sources whose path matches a shell pattern, or contains it."""
+    return [s for s in SOURCES if fnmatch(s.path, pattern) or pattern in s.path]

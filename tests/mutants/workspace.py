@@ -1,0 +1,126 @@
+"""A private copy of what the tests need, in which mutants are applied; the working tree is only read."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from .sources import ROOT, Source
+from .switches import DEFINITION
+
+_BUILD_LIMIT = 1200.0
+
+
+class Workspace:
+    """A copy of the project for one kit, and a process that runs tests in it."""
+
+    def __init__(self, folder: Path, kit: str) -> None:
+        self.folder, self.kit = folder.resolve(), kit
+        self._worker: subprocess.Popen[str] | None = None
+        if not (self.folder / "tests").exists():
+            self._copy()
+
+    def _copy(self) -> None:
+        ignore = shutil.ignore_patterns("__pycache__", "*.so", "mutants", "introspect.cpp", "_build.json")
+        for name in ("csrc", "kernels", "python/fuseblock", "tests"):
+            shutil.copytree(ROOT / name, self.folder / name, ignore=ignore)
+        for name in ("setup.py", "pyproject.toml"):
+            shutil.copy2(ROOT / name, self.folder / name)
+        # Where an installation has them; the finder of an editable install would look in the working tree.
+        (self.folder / "python/fuseblock/kernels").symlink_to(self.folder / "kernels")
+        library = ROOT / "python/fuseblock/_C.abi3.so"
+        if self.kit == "cpu":
+            self._one_instruction_set()
+            (self.folder / "csrc/cpu/mutants.cpp").write_text(DEFINITION)
+        elif library.exists():
+            shutil.copy2(library, self.folder / "python/fuseblock")
+        if self.kit == "emulator":
+            self._replace("tests/emulator/build.py", '"plain": (["-O2"]', '"plain": (["-O1"]')
+            (self.folder / "csrc/cuda/mutants.cu").write_text(DEFINITION)
+
+    def _one_instruction_set(self) -> None:
+        """Only the kernels of 16-byte vectors, and little optimisation: compiling is what takes the time."""
+        for path in (self.folder / "csrc/cpu").glob("isa_avx*.cpp"):
+            path.unlink()
+        self._replace("csrc/cpu/kernel_table.cpp", "#if defined(__x86_64__)", "#if 0")
+        self._replace("setup.py", "-std=c++20 -O3 -fno-math", "-std=c++20 -O1 -fno-math")
+
+    def _replace(self, path: str, old: str, new: str) -> None:
+        text = self.read(path)
+        assert old in text, f"{path} has changed: {old!r} is not in it"
+        self.write(path, text.replace(old, new))
+
+    def read(self, path: str) -> str:
+        return (self.folder / path).read_text()
+
+    def write(self, path: str, text: str) -> None:
+        file = self.folder / path
+        file.write_text(text)
+        if path.endswith(".py"):
+            Path(importlib.util.cache_from_source(str(file))).unlink(missing_ok=True)
+
+    def restore(self, path: str) -> None:
+        self.write(path, (ROOT / path).read_text())
+
+    def build(self) -> str | None:
+        """Compile what the kit needs. None, or the compiler's messages if it fails."""
+        if self.kit == "emulator":
+            command = [sys.executable, "-c", "from tests.emulator import load; load()"]
+        elif self.kit == "cpu":
+            command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        else:
+            return None
+        environment = self._environment() | {"FUSEBLOCK_BUILD_CUDA": "0", "MAX_JOBS": "1"}
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=_BUILD_LIMIT
+        )
+        return done.stdout + done.stderr if done.returncode else None
+
+    def _environment(self) -> dict[str, str]:
+        return os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(self.folder / "python"), str(self.folder)]),
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def test(
+        self,
+        stages: tuple[tuple[str, ...], ...],
+        limit: float,
+        environment: dict[str, str] | None = None,
+        cache: bool = False,
+    ) -> dict[str, Any]:
+        """Run pytest in the copy; see worker.py for the answer."""
+        if self._worker is None or self._worker.poll() is not None:
+            self._worker = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("worker.py")), str(self.folder)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment(),
+            )  # fmt: skip
+        assert self._worker.stdin is not None
+        assert self._worker.stdout is not None
+        request = {"stages": stages, "limit": limit, "environment": environment or {}, "cache": cache}
+        print(json.dumps(request), file=self._worker.stdin, flush=True)
+        line = self._worker.stdout.readline()
+        return json.loads(line) if line else {"outcome": "crashed", "seconds": 0.0, "by": "the worker died"}
+
+    def close(self) -> None:
+        if self._worker is not None and self._worker.poll() is None:
+            assert self._worker.stdin is not None
+            self._worker.stdin.close()
+            self._worker.wait()
+        self._worker = None
+
+
+def errors_of(messages: str) -> str:
+    return "\n".join(re.findall(r"^.*error.*$", messages, re.MULTILINE)[:5])
+
+
+def stages_for(source: Source, operator: str) -> tuple[tuple[str, ...], ...]:
+    return source.barrier_stages if operator == "barrier" and source.barrier_stages else source.stages
