@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .aten import LayerWeights
+from ._recompute import LayerWeights
 
 
 def why_not_aten(input: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None) -> str | None:

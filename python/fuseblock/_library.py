@@ -8,7 +8,7 @@ registration of ``torch.library`` does not serve.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,16 +28,24 @@ def forward_mode_active() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _inference(args: tuple[Any, ...]) -> bool:
-    """Whether nothing but the kernel has to see the call: plain tensors, no gradient, no mode, no autocast.
+def plain_eager(tensors: Iterable[Any]) -> bool:
+    """Whether a call is plain eager execution: no tracing, transform, forward mode, dispatch mode, autocast, subclass.
 
-    The dispatcher would then only pass the arguments on, through Python, for several microseconds.
+    Then nobody but autograd has to see the operators, and calls may go to the kernels directly: a dispatcher op
+    registered in Python costs several microseconds.
     """
-    grad = torch.is_grad_enabled()
-    for x in args:
-        if isinstance(x, torch.Tensor) and (type(x) not in _PLAIN or (grad and x.requires_grad)):
-            return False
-    return not (torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled())
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_mode_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_any_autocast_enabled()
+    ) and all(type(x) in _PLAIN for x in tensors if isinstance(x, torch.Tensor))
+
+
+def wants_gradient(tensors: Iterable[Any]) -> bool:
+    """Whether autograd records a call on these tensors."""
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
 
 
 class DifferentiableOp:
@@ -87,7 +95,7 @@ class DifferentiableOp:
                     f"{NAMESPACE}::{self.name} has no forward-mode derivative; "
                     "use fuseblock.backend('reference') or the automatic choice, which falls back to it"
                 )
-            if _inference(args):
+            if plain_eager(args) and not wants_gradient(args):
                 return self._impl(*args)
         return self.op(*args)
 

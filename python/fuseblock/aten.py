@@ -7,17 +7,13 @@ layer's own; a backward that is itself differentiated (``create_graph=True``) re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-#: (w_ih, w_hh, b_ih, b_hh, w_hr) of one layer and direction; biases and projection may be None.
-LayerWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-_PER_LAYER = 5
-
-Ours = Callable[..., tuple[Tensor, Tensor, Tensor]]
+from ._recompute import PER_LAYER, LayerWeights, Run, recorded_gradients
 
 
 def _call(
@@ -29,7 +25,7 @@ def _call(
     dropout: float,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layers = len(flat) // _PER_LAYER // directions
+    layers = len(flat) // PER_LAYER // directions
     present = [w for w in flat if w is not None]
     has_biases = flat[2] is not None
     return torch._VF.lstm(  # type: ignore[attr-defined, no-any-return]
@@ -43,7 +39,7 @@ class _AtenLSTM(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        ours: Ours,
+        ours: Run,
         directions: int,
         training: bool,
         input: Tensor,
@@ -67,29 +63,21 @@ class _AtenLSTM(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # raises PyTorch's own error after the graph was freed
+        needed = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
-            leaves, keep = list(saved), True
-            weights = [tuple(saved[3:][k : k + _PER_LAYER]) for k in range(0, len(saved) - 3, _PER_LAYER)]
-            outputs = ctx.ours(*saved[:3], weights, ctx.directions, 0.0, False)
-        else:
-            leaves, outputs = ctx.inner
-            keep = torch._C._autograd._get_current_graph_task_keep_graph()
-            if not keep:
-                ctx.inner = None
-        needed = [k for k, need in enumerate(ctx.needs_input_grad[3:]) if need]
+            return None, None, None, *recorded_gradients(ctx.ours, saved, needed, grads)
+        leaves, outputs = ctx.inner
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        if not keep:
+            ctx.inner = None
         used = [(out, g) for out, g in zip(outputs, grads, strict=True) if g is not None]
-        found = torch.autograd.grad(
-            [out for out, _ in used],
-            [leaves[k] for k in needed],
-            [g for _, g in used],
-            retain_graph=keep,
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
+        wanted = [x for x, need in zip(leaves, needed, strict=True) if need]
+        found = iter(
+            torch.autograd.grad(
+                [out for out, _ in used], wanted, [g for _, g in used], retain_graph=keep, allow_unused=True
+            )
         )
-        result: list[Tensor | None] = [None] * len(saved)
-        for k, g in zip(needed, found, strict=True):
-            result[k] = g
-        return None, None, None, *result
+        return None, None, None, *(next(found) if need else None for need in needed)
 
 
 def aten_lstm(
@@ -100,14 +88,15 @@ def aten_lstm(
     directions: int,
     dropout: float,
     training: bool,
-    ours: Ours,
+    ours: Run,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(output, h_n, c_n) by PyTorch's layer; arguments as in `fuseblock.functional.lstm`.
 
     Args:
         ours: runs the same stack on our operators; called for second derivatives.
 
-    With dropout between layers the layers are run one by one, so that a recomputation meets the same dropout mask.
+    ``dropout`` is what is to be applied: zero outside of training. With it the layers are run one by one, so that a
+    recomputation meets the same dropout mask.
     """
     batch = input.shape[1]
     w_ih, w_hh, _, _, w_hr = weights[0]
@@ -122,7 +111,7 @@ def aten_lstm(
     )
     if not differentiable:
         return _call(input, h0, c0, flat, directions, dropout, training)
-    if not (dropout and training and len(weights) > directions):
+    if not dropout:
         return _AtenLSTM.apply(ours, directions, training, input, h0, c0, *flat)  # type: ignore[no-any-return]
     hs, cs = [], []
     y = input
@@ -133,5 +122,5 @@ def aten_lstm(
         hs.append(h_n)
         cs.append(c_n)
         if first + directions < len(weights):
-            y = torch.nn.functional.dropout(y, dropout, training)
+            y = torch.nn.functional.dropout(y, dropout)
     return y, torch.cat(hs), torch.cat(cs)

@@ -8,6 +8,7 @@ an input projection by one GEMM followed by the operator ``lstm_recurrence``, wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from . import dispatch, ops
 from ._engine import choose_engine
-from ._library import forward_mode_active, state_dtype
+from ._library import forward_mode_active, plain_eager, state_dtype, wants_gradient
 from ._ragged import pack_rows, pad_rows, unpack_rows
-from .aten import LayerWeights, aten_lstm
+from ._recompute import LayerWeights
+from ._stack import fused_stack, input_projection, join_rows, recurrent_weights
+from .aten import aten_lstm
 from .reference import lstm_gates_reference, lstm_recurrence_reference
 
 __all__ = ["lstm", "lstm_cell", "lstm_gates", "lstm_recurrence"]
@@ -149,29 +152,23 @@ def lstm(
         the autocast dtype).
     """
     directions = 2 if bidirectional else 1
+    dropout = dropout if training and len(weights) > directions else 0.0
     engine, _ = choose_engine(input, weights, directions, lengths, batch_sizes)
     if engine == "aten":
-        return aten_lstm(input, h0, c0, weights, directions, dropout, training, _ours)
+        ours = partial(_ours, directions=directions)
+        return aten_lstm(input, h0, c0, weights, directions, dropout, training, ours)
     if lengths is not None and _can_pack(input, lengths):
         ragged = pack_rows(input, lengths, h0, c0)
         if ragged is not None:
-            output, h_n, c_n = _ours(
-                ragged.input,
-                ragged.h0,
-                ragged.c0,
-                weights,
-                directions,
-                dropout,
-                training,
-                None,
-                ragged.batch_sizes,
+            packed = _ours_or_one_node(
+                ragged.input, ragged.h0, ragged.c0, weights, directions, dropout, None, ragged.batch_sizes
             )
-            return unpack_rows(ragged, output, h_n, c_n)
+            return unpack_rows(ragged, *packed)
     if batch_sizes is not None and input.device.type != "cpu" and not _plain_pytorch():
         padded, lengths, positions = pad_rows(input, batch_sizes)
-        output, h_n, c_n = _ours(padded, h0, c0, weights, directions, dropout, training, lengths)
+        output, h_n, c_n = _ours(padded, h0, c0, weights, directions, dropout, lengths)
         return output.flatten(0, 1).index_select(0, positions), h_n, c_n
-    return _ours(input, h0, c0, weights, directions, dropout, training, lengths, batch_sizes)
+    return _ours_or_one_node(input, h0, c0, weights, directions, dropout, lengths, batch_sizes)
 
 
 def _can_pack(input: Tensor, lengths: Tensor) -> bool:
@@ -185,20 +182,35 @@ def _can_pack(input: Tensor, lengths: Tensor) -> bool:
     )
 
 
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """(D, ...): a view where there is one direction."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+def _ours_or_one_node(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[LayerWeights],
+    directions: int,
+    dropout: float,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The stack on our kernels: as one autograd node where that is possible, else operator by operator."""
+    tensors = [input, h0, c0, *(x for w in weights for x in w)]
+    if dropout or _plain_pytorch() or not (plain_eager(tensors) and wants_gradient(tensors)):
+        return _ours(input, h0, c0, weights, directions, dropout, lengths, batch_sizes)
+    batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    h0, c0 = _states(input, h0, c0, weights, batch)
+    ours = partial(_ours, directions=directions, lengths=lengths, batch_sizes=batch_sizes)
+    return fused_stack(input, h0, c0, weights, directions, lengths, batch_sizes, ours)
 
 
-def _cat(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-
-
-def _bias(w: LayerWeights) -> Tensor | None:
-    _, _, b_ih, b_hh, _ = w
-    if b_ih is None or b_hh is None:
-        return b_hh if b_ih is None else b_ih
-    return b_ih + b_hh
+def _states(
+    like: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[LayerWeights], batch: int
+) -> tuple[Tensor, Tensor]:
+    """The initial states, zeros if absent."""
+    four_hidden, proj = weights[0][1].shape
+    return (
+        like.new_zeros(len(weights), batch, proj) if h0 is None else h0,
+        like.new_zeros(len(weights), batch, four_hidden // 4) if c0 is None else c0,
+    )
 
 
 def _ours(
@@ -207,29 +219,24 @@ def _ours(
     c0: Tensor | None,
     weights: Sequence[LayerWeights],
     directions: int,
-    dropout: float,
-    training: bool,
+    dropout: float = 0.0,
     lengths: Tensor | None = None,
     batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The stack on `lstm_recurrence`, layer after layer."""
-    layers = len(weights) // directions
     batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
     hs, cs = [], []
     y = input
-    for layer in range(layers):
-        own = weights[layer * directions : (layer + 1) * directions]
-        rows = slice(layer * directions, (layer + 1) * directions)
-        biases = [b for b in map(_bias, own) if b is not None]
-        gx = F.linear(y, _cat([w[0] for w in own]), _cat(biases) if biases else None)
-        w_hh = _stack([w[1] for w in own])
-        w_hr = None if own[0][4] is None else _stack([w[4] for w in own if w[4] is not None])
-        hidden, proj = w_hh.shape[1] // 4, w_hh.shape[2]
-        h = gx.new_zeros(directions, batch, proj) if h0 is None else h0[rows]
-        c = gx.new_zeros(directions, batch, hidden) if c0 is None else c0[rows]
+    for first in range(0, len(weights), directions):
+        rows = slice(first, first + directions)
+        gx = input_projection(y, weights[rows])
+        w_hh, w_hr = recurrent_weights(weights[rows])
+        h, c = _states(
+            gx, None if h0 is None else h0[rows], None if c0 is None else c0[rows], weights[rows], batch
+        )
         y, h_n, c_n = lstm_recurrence(gx, h, c.to(state_dtype(c.dtype)), w_hh, w_hr, lengths, batch_sizes)
         hs.append(h_n)
         cs.append(c_n.to(y.dtype))
-        if dropout and training and layer < layers - 1:
-            y = F.dropout(y, dropout, training)
-    return y, _cat(hs), _cat(cs)
+        if dropout and first + directions < len(weights):
+            y = F.dropout(y, dropout)
+    return y, join_rows(hs), join_rows(cs)
