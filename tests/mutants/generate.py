@@ -13,6 +13,7 @@ _SIGNS = {"+": "-", "-": "+", "+=": "-=", "-=": "+="}
 _COMPARISONS = {
     "<": ("<=", ">="), ">": (">=", "<="), "<=": ("<", ">"), ">=": (">", "<"), "==": ("!=",), "!=": ("==",),
 }  # fmt: skip
+_ASSIGNMENTS = frozenset(["=", "+=", "-=", "*=", "/=", "//=", "@="])
 _DROPPED = frozenset(["+", "-", "*", "/", "@", "&", "&&", "||", "and", "or"])
 _NEXT_GATE = {"i": "f", "f": "g", "g": "o", "o": "i"}
 _NEXT_GRADIENT = {"di": "df", "df": "dg", "dg": "d_o", "d_o": "di"}  # C++ has a keyword `do`
@@ -190,7 +191,7 @@ def _removable(tokens: Tokens, first: int, last: int) -> str | None:
         return None
     # `a.b<C>[i](...)` or the same followed by an assignment; anything else has two names in a row: a declaration.
     k = first
-    while k <= last and not list_[k].text.endswith("="):
+    while k <= last and list_[k].text not in _ASSIGNMENTS:
         if k > first and list_[k].kind == "name" and list_[k - 1].kind == "name":
             return None
         if list_[k].text in ("*", "&", "{", ":", ",") or list_[k].kind == "string":
@@ -215,8 +216,9 @@ def statements(tokens: Tokens) -> Iterator[tuple[int, int]]:
                 break  # within the brackets of a for loop or of a call
             k = tokens.list[k].match - 1 if tokens.list[k].match >= 0 else k - 1
         first, last = k + 1, n if token.text == ";" else n - 1
-        if k >= 0 and tokens.list[k].match > k and tokens.list[k].text != "{":
-            continue
+        opening = tokens.enclosing(first)
+        if opening >= 0 and tokens.list[opening].text != "{":
+            continue  # in the header of a for loop
         first = first if tokens.python else _after_headers(tokens, first, last)
         if first <= last and tokens.list[first].text != ";":
             yield first, last

@@ -42,11 +42,11 @@ _CPU_RECURRENCE = (
 )
 _THREADS = (("tests/test_cpu_threads.py",),)
 _REFERENCE = (_selected("reference or gradgradcheck_of_packed", *_CPU),)
-_TRITON_GATES = (
-    _selected("lstm_gates or per_step", "tests/ops/test_triton_kernels.py"),
-    _selected("not lstm_gates and not per_step", "tests/ops/test_triton_kernels.py"),
+_TRITON = (
+    _selected("float64 or (persistent and float32)", "tests/ops/test_triton_kernels.py"),
+    ("tests/ops/test_triton_kernels.py",),
+    _selected("triton", "tests/ops/test_lstm_gates.py"),
 )
-_TRITON_RECURRENCE = (_selected("not lstm_gates and not per_step", "tests/ops/test_triton_kernels.py"),)
 
 SOURCES = [
     Source("csrc/math/lstm_gates.h", "emulator", _EMULATOR),
@@ -56,17 +56,19 @@ SOURCES = [
     Source("csrc/cuda/numeric.h", "emulator", _EMULATOR),
     Source("python/fuseblock/reference/lstm_gates.py", "python", _REFERENCE),
     Source("python/fuseblock/reference/lstm_recurrence.py", "python", _REFERENCE),
-    Source("python/fuseblock/reference/_adjoint.py", "python", _REFERENCE),
+    Source("python/fuseblock/reference/_adjoint.py", "python", (("tests/ops/test_adjoint.py",), *_REFERENCE)),
     Source("python/fuseblock/launch/per_step.py", "python", (("tests/ops/test_per_step.py",),)),
     Source(
         "python/fuseblock/ops/_recurrent_weight_grad.py",
         "python",
         (
+            ("tests/ops/test_recurrent_weight_grad.py",),
             _selected("gradgradcheck and (cpu or packed)", "tests/ops/test_lstm_recurrence.py"),
-            ("tests/nn/test_lengths.py",),
         ),
     ),
-    Source("python/fuseblock/_ragged.py", "python", (("tests/nn/test_lengths.py",),)),
+    Source(
+        "python/fuseblock/_ragged.py", "python", (("tests/test_ragged.py",), ("tests/nn/test_lengths.py",))
+    ),
     Source("csrc/math/activations.h", "cpu", _CPU_GATES),
     Source("csrc/cpu/gates_kernels.h", "cpu", _CPU_GATES + _CPU_RECURRENCE),
     Source("csrc/cpu/recurrence_fwd.h", "cpu", _CPU_RECURRENCE, _THREADS),
@@ -74,9 +76,9 @@ SOURCES = [
     Source("csrc/cpu/recurrence_bwd_bwd.h", "cpu", _CPU_RECURRENCE, _THREADS),
     Source("csrc/cpu/sweep.h", "cpu", _CPU_RECURRENCE, _THREADS),
     Source("csrc/cpu/tile_gemm.h", "cpu", _CPU_RECURRENCE),
-    Source("kernels/activations.py", "triton", _TRITON_GATES[:1]),
-    Source("kernels/lstm_gates.py", "triton", _TRITON_GATES),
-    Source("kernels/lstm_recurrence.py", "triton", _TRITON_RECURRENCE),
+    Source("kernels/activations.py", "triton", _TRITON),
+    Source("kernels/lstm_gates.py", "triton", _TRITON),
+    Source("kernels/lstm_recurrence.py", "triton", _TRITON[:2]),
 ]
 
 

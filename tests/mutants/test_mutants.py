@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +13,7 @@ from .generate import generate
 from .sources import ROOT, SOURCES, Source
 from .switches import Switched
 
-SEED = int(os.environ.get("FUSEBLOCK_MUTANT_SEED", "0"))
-SAMPLE = int(os.environ.get("FUSEBLOCK_MUTANT_SAMPLE", "12"))
+SEED, SAMPLE = 0, 12
 
 
 @pytest.fixture(scope="session")
