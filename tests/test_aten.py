@@ -32,7 +32,9 @@ def penalty_grads(module: torch.nn.LSTM, x: Tensor) -> list[Tensor]:
     x = x.clone().requires_grad_()
     y, (h_n, c_n) = module(x)
     (g,) = torch.autograd.grad(y.sin().sum() + h_n.sum() + c_n.pow(2).sum(), x, create_graph=True)
-    return list(torch.autograd.grad(g.norm(dim=-1).sub(1).pow(2).sum(), list(module.parameters()), allow_unused=True))
+    return list(
+        torch.autograd.grad(g.norm(dim=-1).sub(1).pow(2).sum(), list(module.parameters()), allow_unused=True)
+    )
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -39,7 +39,10 @@ def test_backend_is_restored() -> None:
 
 
 def test_forced_backend_that_cannot_run_raises() -> None:
-    with fuseblock.backend("cuda"), pytest.raises(fuseblock.BackendError, match="no backend can run lstm_gates.*cuda:"):
+    with (
+        fuseblock.backend("cuda"),
+        pytest.raises(fuseblock.BackendError, match="no backend can run lstm_gates.*cuda:"),
+    ):
         functional.lstm_gates(GATES, C)
 
 
@@ -94,7 +97,9 @@ def test_explain_operator() -> None:
 
 def test_explain_layer_names_the_engine_and_the_reason() -> None:
     weight = (torch.zeros(12, 4), torch.zeros(12, 3), None, None, None)
-    explanation = fuseblock.explain("lstm", torch.zeros(5, 2, 4), None, None, [weight], lengths=torch.tensor([5, 3]))
+    explanation = fuseblock.explain(
+        "lstm", torch.zeros(5, 2, 4), None, None, [weight], lengths=torch.tensor([5, 3])
+    )
     assert explanation.chosen == "ours"
     assert "ragged" in str(explanation)
     with fuseblock.backend("aten"):
@@ -136,7 +141,9 @@ def test_works_without_the_compiled_library(tmp_path) -> None:
     from pathlib import Path
 
     package = Path(fuseblock.__file__).parent
-    shutil.copytree(package, tmp_path / "fuseblock", ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.json"))
+    shutil.copytree(
+        package, tmp_path / "fuseblock", ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.json")
+    )
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         + HIDE

@@ -15,7 +15,9 @@ pytestmark = pytest.mark.gpu
 BACKENDS = ["triton", "cuda"]
 
 
-def recurrence_inputs(dtype: torch.dtype, device: str = "cuda", time: int = 6, hidden: int = 64) -> list[Tensor]:
+def recurrence_inputs(
+    dtype: torch.dtype, device: str = "cuda", time: int = 6, hidden: int = 64
+) -> list[Tensor]:
     shapes = (time, 5, 8 * hidden), (2, 5, hidden), (2, 5, hidden), (2, 4 * hidden, hidden)
     gx, h0, c0, w_hh = (torch.randn(s, device=device) for s in shapes)
     return [gx.to(dtype), h0.to(dtype), c0, (w_hh * hidden**-0.5).to(dtype)]
@@ -93,7 +95,9 @@ def test_offsets_beyond_32_bits(name: str) -> None:
 
 
 @pytest.mark.parametrize("module_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"proj_size": 32}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_layers": 2, "bidirectional": True}, {"proj_size": 32}], ids=str
+)
 @pytest.mark.parametrize("name", ["auto", "triton", "cuda"])
 def test_module_against_cudnn(name: str, options: dict, module_dtype: torch.dtype) -> None:
     """Error against float64 of at most twice cuDNN's, in outputs and first gradients."""
@@ -115,7 +119,10 @@ def test_module_against_cudnn(name: str, options: dict, module_dtype: torch.dtyp
     with fuseblock.backend(name):
         got = run(ours, x)
     relative = [
-        [(a.double() - w).abs().max().item() / w.abs().max().item() for a, w in zip(values, want, strict=True)]
+        [
+            (a.double() - w).abs().max().item() / w.abs().max().item()
+            for a, w in zip(values, want, strict=True)
+        ]
         for values in (run(stock, x), got)
     ]
     limit = 2 * max(relative[0]) + torch.finfo(module_dtype).eps
@@ -130,7 +137,11 @@ def test_gradient_penalty_on_a_gpu() -> None:
     def penalty() -> list[Tensor]:
         leaf = x.clone().requires_grad_()
         (g,) = torch.autograd.grad(ours(leaf)[0].sum(), leaf, create_graph=True)
-        return list(torch.autograd.grad(g.norm(dim=-1).sub(1).pow(2).sum(), list(ours.parameters()), allow_unused=True))
+        return list(
+            torch.autograd.grad(
+                g.norm(dim=-1).sub(1).pow(2).sum(), list(ours.parameters()), allow_unused=True
+            )
+        )
 
     got = penalty()
     with fuseblock.backend("reference"):

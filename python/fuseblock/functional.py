@@ -56,7 +56,8 @@ def lstm_gates(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         gates, c = ops.lstm_gates.cast_for_autocast((gates, c))
         ops.check_lstm_gates(gates, c)
         return lstm_gates_reference(gates, c)
-    return ops.lstm_gates(gates, c)
+    h, c_new = ops.lstm_gates(gates, c)
+    return h, c_new
 
 
 def lstm_recurrence(

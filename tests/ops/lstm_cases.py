@@ -109,7 +109,7 @@ def assert_outputs(
     used = [g.untyped_storage().data_ptr() for g in got if g.numel()]
     assert len(set(used)) == len(used), "outputs share memory"
     stock_error = max(relative_error(s, w) for s, w in zip(stock, want, strict=True))
-    for name, g, w, s, dtype in zip(names.split(), got, want, stock, dtypes, strict=True):
+    for name, g, w, dtype in zip(names.split(), got, want, dtypes, strict=True):
         assert g.dtype == dtype, f"{name}: {g.dtype}"
         assert g.shape == w.shape, f"{name}: {tuple(g.shape)}, expected {tuple(w.shape)}"
         assert g.is_contiguous(), f"{name} is not contiguous"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,20 +26,44 @@ CASES = [
 ]
 
 
+def strict(step: Callable[..., None], only_with_lengths: str) -> Callable[..., None]:
+    """The step, after a look at what `per_step.StepKernels` promises to it."""
+    names = list(inspect.signature(step).parameters)
+
+    def checked(*args: Any) -> None:
+        given = dict(zip(names, args, strict=True))
+        for name, x in given.items():
+            if isinstance(x, Tensor) and name != "lengths":
+                assert x.dim() == 2, name
+                assert x.stride(-1) == 1 or x.shape[-1] == 1, f"{name} has strides {x.stride()}"
+        assert given["lengths"] is not None or given[only_with_lengths] is None
+        step(*args)
+
+    return checked
+
+
+class StrictSteps:
+    """Plain steps that refuse what kernels could not take."""
+
+    step_fwd = staticmethod(strict(plain_lstm.PlainSteps.step_fwd, "h_state"))
+    step_bwd = staticmethod(strict(plain_lstm.PlainSteps.step_bwd, "dm_keep"))
+    step_bwd_bwd = staticmethod(strict(plain_lstm.PlainSteps.step_bwd_bwd, "a_dm_state"))
+
+
 class Driver:
     """The three ops on plain steps."""
 
     @staticmethod
     def lstm_recurrence(*args: object) -> tuple[Tensor, ...]:
-        return per_step.lstm_recurrence(plain_lstm.PlainSteps, *args)
+        return per_step.lstm_recurrence(StrictSteps, *args)
 
     @staticmethod
     def lstm_recurrence_bwd(*args: object) -> tuple[Tensor, ...]:
-        return per_step.lstm_recurrence_bwd(plain_lstm.PlainSteps, *args)
+        return per_step.lstm_recurrence_bwd(StrictSteps, *args)
 
     @staticmethod
     def lstm_recurrence_bwd_bwd(*args: object) -> tuple[Tensor, ...]:
-        return per_step.lstm_recurrence_bwd_bwd(plain_lstm.PlainSteps, *args)
+        return per_step.lstm_recurrence_bwd_bwd(StrictSteps, *args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -62,6 +90,32 @@ def test_missing_cotangents_mean_zeros() -> None:
         check_backward(Driver, case, torch.float64, given=(given,))
     for given in range(4):
         check_second_order(Driver, case, torch.float64, v_given=(given,), d_given=(given,))
+
+
+@pytest.mark.parametrize("case", CASES[2:5], ids=str)
+def test_any_strides_of_cotangents_and_states(case: LstmCase) -> None:
+    """Cotangents that are one expanded number, and a c0 whose last dimension is not contiguous."""
+    gx, h0, c0, w_hh, w_hr, lengths = case.inputs(torch.float64)
+    y, h_n, c_n, gates, c = Driver.lstm_recurrence(gx, h0, c0, w_hh, w_hr, lengths, None, True)
+    cotangents = [torch.full((), 0.5, dtype=torch.float64).expand(x.shape) for x in (y, h_n, c_n, gates, c)]
+    strided = c0.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def derivatives(cotangents: list[Tensor], c0: Tensor) -> list[Tensor]:
+        saved = (gates, c, c0, w_hh, w_hr, lengths, None)
+        first = Driver.lstm_recurrence_bwd(*cotangents, *saved)
+        v = [torch.ones_like(first[0]), *cotangents[1:3], None if w_hr is None else cotangents[0]]
+        return [*first, *Driver.lstm_recurrence_bwd_bwd(*v, *cotangents, *saved, first[0])]
+
+    want = derivatives([x.contiguous() for x in cotangents], c0)
+    for a, b in zip(derivatives(cotangents, strided), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        assert a.is_contiguous()
+
+
+def test_two_dimensional_gates_are_refused() -> None:
+    gx, h0, c0, w_hh, w_hr, lengths = LstmCase(2, 2, 3, 1, None, None).inputs(torch.float32)
+    with pytest.raises(ValueError, match=r"expected a tensor of shape \(T, B, D\*4H\), got \(2, 12\)"):
+        Driver.lstm_recurrence(gx[0], h0, c0, w_hh, w_hr, lengths, None, True)
 
 
 def test_packed_sequences_are_refused() -> None:

@@ -9,12 +9,13 @@ from typing import Any, overload
 
 import torch
 import triton
+from torch import Tensor
+
 from fuseblock.kernels.lstm_gates import (
     lstm_gates_bwd_bwd_kernel,
     lstm_gates_bwd_kernel,
     lstm_gates_fwd_kernel,
 )
-from torch import Tensor
 
 from ..dispatch import Candidate
 from . import _triton

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional
-from ..aten import LayerWeights
+from .._recompute import LayerWeights
 from ._calls import State, check_not_forced, is_pair, same_kind
 
 

@@ -223,7 +223,8 @@ def _fwd_backward(
 def _hidden_before_projection(gates: Tensor, c: Tensor, directions: int) -> Tensor:
     """M = o * tanh(c), (..., D*H), from activated gates (..., D*4H)."""
     o = gates.unflatten(-1, (directions, 4, -1))[..., 3, :].flatten(-2)
-    return (o * torch.tanh(c)).to(gates.dtype)
+    m: Tensor = o * torch.tanh(c)
+    return m.to(gates.dtype)
 
 
 def _bwd_impl(*args: Any) -> Any:

@@ -216,8 +216,10 @@ def lstm_recurrence_bwd_bwd_reference(
     incoming = [zero if x is None else x for zero, x in zip(zeros, given, strict=True)]
 
     def first_order(*args: Tensor) -> tuple[Tensor, ...]:
-        *tensors, dm_offset = args
-        return lstm_recurrence_bwd_reference(*tensors, w_hh, w_hr, lengths, batch_sizes, dm_offset=dm_offset)
+        dy, dh_n, dc_n, d_gates, d_c, gates, c, c0, dm_offset = args
+        return lstm_recurrence_bwd_reference(
+            dy, dh_n, dc_n, d_gates, d_c, gates, c, c0, w_hh, w_hr, lengths, batch_sizes, dm_offset=dm_offset
+        )
 
     cotangents = [v_dgx, v_dh0, v_dc0, None if w_hr is None else v_dh]
     *adjoints, m_bar = adjoint(first_order, (*incoming, gates, c, c0, torch.zeros_like(c)), cotangents)
