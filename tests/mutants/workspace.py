@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,38 +23,46 @@ class Workspace:
     def __init__(self, folder: Path, kit: str) -> None:
         self.folder, self.kit = folder.resolve(), kit
         self._worker: subprocess.Popen[str] | None = None
-        if not (self.folder / "tests").exists():
-            self._copy()
+        for name, content in self._files().items():
+            file = self.folder / name
+            # Files that are there already keep their times, so that what was compiled from them stays current.
+            if not file.exists() or file.read_bytes() != content:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+        kernels = self.folder / "python/fuseblock/kernels"
+        if not kernels.exists():
+            # Where an installation has them; the finder of an editable install would look in the working tree.
+            kernels.symlink_to(self.folder / "kernels")
 
-    def _copy(self) -> None:
-        ignore = shutil.ignore_patterns("__pycache__", "*.so", "mutants", "introspect.cpp", "_build.json")
+    def _files(self) -> dict[str, bytes]:
+        """What the copy consists of, by name."""
+        found = [ROOT / "setup.py", ROOT / "pyproject.toml"]
         for name in ("csrc", "kernels", "python/fuseblock", "tests"):
-            shutil.copytree(ROOT / name, self.folder / name, ignore=ignore)
-        for name in ("setup.py", "pyproject.toml"):
-            shutil.copy2(ROOT / name, self.folder / name)
-        # Where an installation has them; the finder of an editable install would look in the working tree.
-        (self.folder / "python/fuseblock/kernels").symlink_to(self.folder / "kernels")
+            found += [path for path in (ROOT / name).rglob("*") if path.is_file()]
+        files = {}
+        for path in found:
+            left_out = path.suffix in (".so", ".pyc") or path.name in ("introspect.cpp", "_build.json")
+            if not left_out and path.parent != Path(__file__).parent:
+                files[str(path.relative_to(ROOT))] = path.read_bytes()
+
+        def replace(name: str, old: str, new: str) -> None:
+            text = files[name].decode()
+            assert old in text, f"{name} has changed: {old!r} is not in it"
+            files[name] = text.replace(old, new).encode()
+
         library = ROOT / "python/fuseblock/_C.abi3.so"
         if self.kit == "cpu":
-            self._one_instruction_set()
-            (self.folder / "csrc/cpu/mutants.cpp").write_text(DEFINITION)
+            # Only the kernels of 16-byte vectors, and little optimisation: compiling is what takes the time.
+            files = {name: text for name, text in files.items() if "csrc/cpu/isa_avx" not in name}
+            replace("csrc/cpu/kernel_table.cpp", "#if defined(__x86_64__)", "#if 0")
+            replace("setup.py", "-std=c++20 -O3 -fno-math", "-std=c++20 -O1 -fno-math")
+            files["csrc/cpu/mutants.cpp"] = DEFINITION.encode()
         elif library.exists():
-            shutil.copy2(library, self.folder / "python/fuseblock")
+            files["python/fuseblock/_C.abi3.so"] = library.read_bytes()
         if self.kit == "emulator":
-            self._replace("tests/emulator/build.py", '"plain": (["-O2"]', '"plain": (["-O1"]')
-            (self.folder / "csrc/cuda/mutants.cu").write_text(DEFINITION)
-
-    def _one_instruction_set(self) -> None:
-        """Only the kernels of 16-byte vectors, and little optimisation: compiling is what takes the time."""
-        for path in (self.folder / "csrc/cpu").glob("isa_avx*.cpp"):
-            path.unlink()
-        self._replace("csrc/cpu/kernel_table.cpp", "#if defined(__x86_64__)", "#if 0")
-        self._replace("setup.py", "-std=c++20 -O3 -fno-math", "-std=c++20 -O1 -fno-math")
-
-    def _replace(self, path: str, old: str, new: str) -> None:
-        text = self.read(path)
-        assert old in text, f"{path} has changed: {old!r} is not in it"
-        self.write(path, text.replace(old, new))
+            replace("tests/emulator/build.py", '"plain": (["-O2"]', '"plain": (["-O1"]')
+            files["csrc/cuda/mutants.cu"] = DEFINITION.encode()
+        return files
 
     def read(self, path: str) -> str:
         return (self.folder / path).read_text()
