@@ -2,6 +2,8 @@
 #pragma once
 
 #include "kernel_table.h"
+#include "layer_bwd.h"
+#include "layer_fwd.h"
 #include "recurrence_bwd.h"
 #include "recurrence_bwd_bwd.h"
 #include "recurrence_fwd.h"
@@ -41,9 +43,28 @@ inline void recurrence_bwd_bwd_any(const cpu::RecurrenceBwdBwd& a, const Part& p
   for_dtype(a.layout.dtype, [&](auto s) { recurrence_bwd_bwd<decltype(s)>(a, part); });
 }
 
+inline void layer_pack_any(const cpu::Layer& l, int64_t direction, void* packed, int64_t begin, int64_t end) {
+  for_dtype(l.layout.dtype, [&](auto s) { layer_pack<decltype(s)>(l, direction, packed, begin, end); });
+}
+inline void layer_fwd_any(const cpu::LayerFwd& a, const cpu::LayerWorker& w) {
+  for_dtype(a.layer.layout.dtype, [&](auto s) { layer_fwd<decltype(s)>(a, w); });
+}
+inline void layer_bwd_any(const cpu::LayerBwd& a, const cpu::LayerWorker& w) {
+  for_dtype(a.layer.layout.dtype, [&](auto s) { layer_bwd<decltype(s)>(a, w); });
+}
+inline void layer_finish_any(const cpu::LayerBwd& a, int64_t direction, const void* first, int64_t workers,
+                             int64_t distance, int64_t begin, int64_t end) {
+  for_dtype(a.layer.layout.dtype,
+            [&](auto s) { layer_finish<decltype(s)>(a, direction, first, workers, distance, begin, end); });
+}
+inline void layer_add_dx_any(const cpu::LayerBwd& a, int64_t begin, int64_t end) {
+  for_dtype(a.layer.layout.dtype, [&](auto s) { layer_add_dx<decltype(s)>(a, begin, end); });
+}
+
 constexpr cpu::KernelTable make_table(const char* isa) {
   return {isa,      FB_VEC_BYTES,       gates_fwd_any,      gates_bwd_any,         gates_bwd_bwd_any,
-          pack_any, recurrence_fwd_any, recurrence_bwd_any, recurrence_bwd_bwd_any};
+          pack_any, recurrence_fwd_any, recurrence_bwd_any, recurrence_bwd_bwd_any,
+          layer_pack_any, layer_fwd_any, layer_bwd_any, layer_finish_any, layer_add_dx_any};
 }
 
 }  // namespace fuseblock::FB_ISA

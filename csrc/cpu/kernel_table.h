@@ -2,6 +2,7 @@
 #pragma once
 
 #include "lstm_gates.h"
+#include "lstm_layer.h"
 #include "lstm_recurrence.h"
 
 namespace fuseblock::cpu {
@@ -19,6 +20,15 @@ struct KernelTable {
   void (*recurrence_fwd)(const RecurrenceFwd&, const Part&);
   void (*recurrence_bwd)(const RecurrenceBwd&, const Part&);
   void (*recurrence_bwd_bwd)(const RecurrenceBwdBwd&, const Part&);
+
+  // Whole layers: blocks [begin, end) of a direction's packed weights, what one thread computes, and rows or elements
+  // [begin, end) of what is added up at the end.
+  void (*layer_pack)(const Layer&, int64_t direction, void* packed, int64_t begin, int64_t end);
+  void (*layer_fwd)(const LayerFwd&, const LayerWorker&);
+  void (*layer_bwd)(const LayerBwd&, const LayerWorker&);
+  void (*layer_finish)(const LayerBwd&, int64_t direction, const void* first, int64_t workers, int64_t distance,
+                       int64_t begin, int64_t end);
+  void (*layer_add_dx)(const LayerBwd&, int64_t begin, int64_t end);
 };
 
 // The best set that this machine has, or the one that FUSEBLOCK_CPU_ISA (baseline|avx2|avx512) names; null if that

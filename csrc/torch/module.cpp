@@ -21,6 +21,13 @@ STABLE_TORCH_LIBRARY(fuseblock_cpu, m) {
       " Tensor? lengths, Tensor? batch_sizes, Tensor dgx)"
       " -> (Tensor a_dy, Tensor a_dh_n, Tensor a_dc_n, Tensor a_d_gates, Tensor a_d_c, Tensor a_gates, Tensor a_c,"
       " Tensor a_c0, Tensor m_bar)");
+  m.def(
+      "lstm_layer(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, Tensor? batch_sizes, bool save_state)"
+      " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)");
+  m.def(
+      "lstm_layer_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor c0, Tensor y, Tensor gates,"
+      " Tensor c, Tensor[] weights, Tensor? batch_sizes, bool need_dx) -> Tensor[]");
+  m.def("lstm_layer_fits(int input, int hidden) -> bool");
 }
 
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
