@@ -9,7 +9,7 @@ from importlib import metadata
 
 import torch
 
-from . import _ext, dispatch
+from . import __version__, _ext, dispatch
 
 #: Every environment variable that fuseblock reads: (name, default, meaning).
 VARIABLES = (
@@ -45,7 +45,7 @@ def report() -> str:
         f"cuda:{k} {torch.cuda.get_device_name(k)}" for k in range(torch.cuda.device_count())
     ]
     lines = [
-        f"fuseblock   {metadata.version('fuseblock') if importlib.util.find_spec('fuseblock') else '?'}",
+        f"fuseblock   {__version__}",
         f"python      {platform.python_version()} on {platform.system()} {platform.machine()}",
         f"torch       {torch.__version__} (CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} threads)",
         f"triton      {_version('triton')}",

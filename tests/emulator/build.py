@@ -100,7 +100,8 @@ def build(
         sanitize = [flag for flag in kernel_flags if flag.startswith("-fsanitize")]
         link = [
             gxx,
-            *(["-shared"] if module else []),
+            # The emulated CUDA runtime of this module wins over a real one that torch may have loaded.
+            *(["-shared", "-Wl,-Bsymbolic"] if module else []),
             *sanitize,
             *objects,
             "-lpthread",
