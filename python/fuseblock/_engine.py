@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from ._fused_layer import fused_layers
+from ._library import wants_gradient
 from ._recompute import LayerWeights
+
+#: An allocation beyond this (the C library's largest threshold) is mapped afresh, page by page, on every call.
+_MAPPED_BYTES = 32 << 20
 
 
 def why_not_aten(input: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None) -> str | None:
@@ -48,4 +53,20 @@ def choose_engine(
         return "ours", f"aten cannot: {reason}"
     if input.device.type == "cuda":
         return "aten", "PyTorch's own layer (cuDNN) unless something beyond it is asked"
-    return "ours", "not measured"
+    return _choose_on_cpu(input, weights, directions)
+
+
+def _choose_on_cpu(input: Tensor, weights: Sequence[LayerWeights], directions: int) -> tuple[str, str]:
+    """Ours, but where the input projection of all steps has to be stored and is large, which inference can avoid."""
+    four_hidden = weights[0][1].shape[0]
+    projection = input.shape[0] * input.shape[1] * directions * four_hidden * input.element_size()
+    if projection <= _MAPPED_BYTES:
+        return "ours", "the fused recurrence is as fast or faster at these sizes"
+    if wants_gradient([input, *(x for w in weights for x in w)]):
+        return "ours", "training saves the gates anyway"
+    if all(fused_layers(input, weights, directions, None, None)):
+        return "ours", "fused layers do not store the input projection"
+    return (
+        "aten",
+        f"an input projection of {projection >> 20} MiB would be stored by ours, and no gradient needs it",
+    )
