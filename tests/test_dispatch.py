@@ -162,3 +162,18 @@ def test_works_without_the_compiled_library(tmp_path) -> None:
 def test_kernels_is_no_top_level_package() -> None:
     done = run_python("import importlib.util; print(importlib.util.find_spec('kernels'))")
     assert "fuseblock" not in done.stdout or done.stdout.strip() == "None"
+
+
+@pytest.mark.parametrize(
+    ("hidden", "batch", "training", "engine"),
+    [(20, 4096, False, "ours"), (256, 8, False, "ours"), (256, 4096, True, "ours"), (256, 4096, False, "aten")],
+)
+def test_engine_on_a_cpu_follows_the_sizes(hidden: int, batch: int, training: bool, engine: str) -> None:
+    """PyTorch's layer where ours would store a large input projection that nothing needs afterwards."""
+    if _ext.why_not is not None:
+        pytest.skip(_ext.why_not)
+    x = torch.empty(1).expand(32, batch, 64)
+    weight = (torch.empty(4 * hidden, 64), torch.empty(4 * hidden, hidden), None, None, None)
+    if training:
+        weight[0].requires_grad_()
+    assert fuseblock.explain("lstm", x, None, None, [weight]).chosen == engine
