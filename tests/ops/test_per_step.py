@@ -121,5 +121,12 @@ def test_two_dimensional_gates_are_refused() -> None:
 def test_packed_sequences_are_refused() -> None:
     case = LstmCase(2, 2, 3, 1, None, None)
     gx, h0, c0, w_hh, w_hr, lengths = case.inputs(torch.float32)
+    y, h_n, c_n, gates, c = Driver.lstm_recurrence(gx, h0, c0, w_hh, w_hr, lengths, None, True)
+    sizes = torch.tensor([2, 2])
+    cotangents, saved = (y, h_n, c_n, None, None), (gates, c, c0, w_hh, w_hr, lengths, sizes)
     with pytest.raises(ValueError, match="batch_sizes"):
-        Driver.lstm_recurrence(gx, h0, c0, w_hh, w_hr, lengths, torch.tensor([2, 2]), True)
+        Driver.lstm_recurrence(gx, h0, c0, w_hh, w_hr, lengths, sizes, True)
+    with pytest.raises(ValueError, match="batch_sizes"):
+        Driver.lstm_recurrence_bwd(*cotangents, *saved)
+    with pytest.raises(ValueError, match="batch_sizes"):
+        Driver.lstm_recurrence_bwd_bwd(None, None, None, None, *cotangents, *saved, gates)

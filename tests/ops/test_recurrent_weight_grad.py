@@ -67,7 +67,7 @@ def test_packed(sizes: tuple[int, ...], directions: int, with_h0: bool) -> None:
 
 @pytest.mark.parametrize("directions", [1, 2])
 def test_projection(directions: int) -> None:
-    dh, m = new(TIME, 3, directions * PROJ), new(TIME, 3, directions * HIDDEN)
+    dh, m = new(TIME, 5, directions * PROJ), new(TIME, 5, directions * HIDDEN)
     got = projection_weight_grad(directions, dh, m)
     for d in range(directions):
         want = torch.einsum("tbp,tbh->ph", dh.chunk(directions, -1)[d], m.chunk(directions, -1)[d])
