@@ -57,7 +57,7 @@ def mutants_of(source: Source, sample: int | None = None, seed: int = 0) -> list
 
 
 def equivalents() -> dict[tuple[str, str, str], str]:
-    """(file, original lines, mutated lines) -> why nothing can be observed; lines may move without harm."""
+    """(file, original lines, mutated lines or ``*`` for any) -> why nothing can be observed; lines may move."""
     entries = tomllib.loads(_EQUIVALENT.read_text()).get("mutant", [])
     return {(e["file"], e["original"], e["mutated"]): e["why"] for e in entries}
 
@@ -173,6 +173,7 @@ class Campaign:
         if answer["outcome"] == "misplaced":
             raise BaselineError(answer["by"])
         if answer["outcome"] == "passed":
-            why = self._known.get((mutant.path, mutant.original, mutant.mutated))
+            keys = [(mutant.path, mutant.original, mutated) for mutated in (mutant.mutated, "*")]
+            why = next((self._known[key] for key in keys if key in self._known), None)
             status, by = ("survived", "") if why is None else ("equivalent", why)
         return Result(mutant, status, answer["seconds"], by)
