@@ -102,7 +102,8 @@ void layer_bwd_rows(const cpu::LayerBwd& a, const cpu::LayerWorker& w, const Par
     outer_sums<C>(n, 4 * H, found, z, Z, sums);
     column_sums<C>(n, 4 * H, found, sums + 4 * H * Z);
     if (!a.dx) return;
-    sweep.multiply_flat(w.input, found, 4 * H, 0, n, [&](V sum, int64_t row, int64_t u, auto lanes) __attribute__((always_inline)) {
+    sweep.multiply_flat(w.input, found, 4 * H, 0, n,
+                        [&](V sum, int64_t row, int64_t u, auto lanes) __attribute__((always_inline)) {
       if (places[row] < 0) return;
       if (part.direction == 0) store(static_cast<S*>(a.dx) + places[row] * I + u, sum, lanes);
       else store(static_cast<C*>(a.dx_reverse) + places[row] * I + u, sum, lanes);
@@ -118,7 +119,8 @@ void layer_bwd_rows(const cpu::LayerBwd& a, const cpu::LayerWorker& w, const Par
     const auto h_prev = step.carried ? sweep.template at<const S>(a.y, step.previous, H) : RowsAt<const S>{};
     C *const before = delta + slot * rows * 4 * H, *const now = before + rows * 4 * H;
 
-    sweep.multiply_flat(w.hidden, before, 4 * H, 0, step.active, [&](V sum, int64_t k, int64_t u, auto lanes) __attribute__((always_inline)) {
+    sweep.multiply_flat(w.hidden, before, 4 * H, 0, step.active,
+                        [&](V sum, int64_t k, int64_t u, auto lanes) __attribute__((always_inline)) {
       V dh = sum + load_or_zero<C>(dy(k, u), lanes);
       if (k >= step.joined) dh = dh + load_or_zero<C>(dh_n(k, u), lanes);
       const V zero(C(0));
@@ -131,15 +133,15 @@ void layer_bwd_rows(const cpu::LayerBwd& a, const cpu::LayerWorker& w, const Par
     });
     __builtin_memset(now + step.active * 4 * H, 0, (rows - step.active) * 4 * H * sizeof(C));
     if (step.leaving < step.active)
-      sweep.multiply_flat(w.hidden, now, 4 * H, step.leaving, step.active, [&](V sum, int64_t k, int64_t u, auto lanes) __attribute__((always_inline)) {
+      sweep.multiply_flat(w.hidden, now, 4 * H, step.leaving, step.active,
+                          [&](V sum, int64_t k, int64_t u, auto lanes) __attribute__((always_inline)) {
         store(dh0(k, u), sum, lanes);
       });
 
-    const Series& x = a.layer.x;
     const int64_t place = (layout.start ? layout.start[step.t] : step.t * layout.B) + part.k0;
-    const S* x_row = static_cast<const S*>(x.data) + (layout.start ? layout.start[step.t] * x.row : step.t * x.time) + part.k0 * x.row;
+    const S* x_row = layer_input_rows<S>(a.layer, step.t, part.k0);
     C* to = z + slot * rows * Z;
-    for (int64_t k = 0; k < rows; ++k, x_row += x.row, to += Z) {
+    for (int64_t k = 0; k < rows; ++k, x_row += a.layer.x.row, to += Z) {
       places[slot * rows + k] = k < step.active ? place + k : -1;
       if (k >= step.active) continue;
       sweep.copy(to, x_row, I);

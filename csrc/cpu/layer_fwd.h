@@ -29,6 +29,13 @@ void layer_pack(const cpu::Layer& l, int64_t direction, void* packed, int64_t be
     }
 }
 
+// Row k of x at time t.
+template <class S>
+FB_INLINE const S* layer_input_rows(const cpu::Layer& l, int64_t t, int64_t k) {
+  const int64_t start = l.layout.start ? l.layout.start[t] * l.x.row : t * l.x.time;
+  return static_cast<const S*>(l.x.data) + start + k * l.x.row;
+}
+
 // part: rows of one direction, at most kLayerRows.
 template <class S>
 void layer_fwd_rows(const cpu::LayerFwd& a, const Part& part, const Compute<S>* packed, Compute<S>* scratch) {
@@ -53,11 +60,9 @@ void layer_fwd_rows(const cpu::LayerFwd& a, const Part& part, const Compute<S>* 
   const auto load_inputs = [&](int64_t t, int64_t count) {
     for (int64_t s = 0; s < count; ++s) {
       const int64_t time = part.direction == 0 ? t + s : t - s, active = sweep.active_at(time);
-      const Series& x = a.layer.x;
-      const int64_t start = layout.start ? layout.start[time] * x.row : time * x.time;
-      const S* row = static_cast<const S*>(x.data) + start + part.k0 * x.row;
+      const S* row = layer_input_rows<S>(a.layer, time, part.k0);
       C* to = z + s * rows * Z;
-      for (int64_t k = 0; k < active; ++k, row += x.row, to += Z) {
+      for (int64_t k = 0; k < active; ++k, row += a.layer.x.row, to += Z) {
         sweep.copy(to, row, I);
         to[I] = C(1);
       }

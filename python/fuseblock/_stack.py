@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch
+from ._fused_layer import fused_layers, per_layer, present
 from ._library import state_dtype
 from ._recompute import PER_LAYER, LayerWeights, Run, layer_weights, recorded_gradients
 from .ops._recurrent_weight_grad import projection_weight_grad, recurrent_weight_grad
@@ -64,20 +65,27 @@ class _Stack(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.ours, ctx.directions, ctx.forced = ours, directions, dispatch.forced()
         weights = layer_weights(flat)
-        y, states, kept = input, [], []
-        for first in range(0, len(weights), directions):
-            rows = slice(first, first + directions)
-            w_hh, w_hr = recurrent_weights(weights[rows])
-            gx = input_projection(y, weights[rows])
-            c = c0[rows].to(state_dtype(c0.dtype))
-            y, h_n, c_n, gates, cells = dispatch.run(
-                "lstm_recurrence", (gx, h0[rows], c, w_hh, w_hr, *ragged, True)
-            )
-            states.append((h_n, c_n.to(c0.dtype)))
+        ctx.fused = fused_layers(input, weights, directions, *ragged)
+        y, hs, cs, kept = input, [], [], []
+        h0s = per_layer(h0, directions)
+        c0s = per_layer(c0.to(state_dtype(c0.dtype)), directions)
+        for layer, (h, c, fused) in enumerate(zip(h0s, c0s, ctx.fused, strict=True)):
+            own = weights[layer * directions : (layer + 1) * directions]
+            if fused:
+                y, h_n, c_n, gates, cells = torch.ops.fuseblock_cpu.lstm_layer.default(
+                    y, h, c, present(own), ragged[1], True
+                )
+            else:
+                w_hh, w_hr = recurrent_weights(own)
+                gx = input_projection(y, own)
+                y, h_n, c_n, gates, cells = dispatch.run(
+                    "lstm_recurrence", (gx, h, c, w_hh, w_hr, *ragged, True)
+                )
+            hs.append(h_n)
+            cs.append(c_n)
             kept += [y, gates, cells]
         ctx.save_for_backward(input, h0, c0, *flat, *ragged, *kept)
-        h_n, c_n = (join_rows(parts) for parts in zip(*states, strict=True))
-        return y, h_n, c_n
+        return y, join_rows(hs), join_rows(cs).to(c0.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -89,12 +97,13 @@ class _Stack(torch.autograd.Function):
             if torch.is_grad_enabled():
                 found = recorded_gradients(ctx.ours, tensors, needed, grads)
             else:
-                found = _first_order(ctx.directions, tensors, ragged, kept, needed, grads)
+                found = _first_order(ctx.directions, ctx.fused, tensors, ragged, kept, needed, grads)
         return None, None, None, *found
 
 
 def _first_order(
     directions: int,
+    fused: Sequence[bool],
     tensors: Sequence[Tensor | None],
     ragged: Sequence[Tensor | None],
     kept: Sequence[Tensor],
@@ -109,32 +118,44 @@ def _first_order(
     dy, dh_n, dc_n = grads
     found: list[Tensor | None] = [None] * len(tensors)
     dh0, dc0 = [], []
-    for first in reversed(range(0, len(weights), directions)):
-        rows = slice(first, first + directions)
-        own = weights[rows]
-        w_hh, w_hr = recurrent_weights(own)
-        layer = first // directions
+    h0s = per_layer(h0, directions)
+    c0s = per_layer(c0.to(state_dtype(c0.dtype)), directions)
+    dh_ns = [None] * len(h0s) if dh_n is None else per_layer(dh_n, directions)
+    dc_ns = [None] * len(h0s) if dc_n is None else per_layer(dc_n.to(c0s[0].dtype), directions)
+    for layer in reversed(range(len(h0s))):
+        first = layer * directions
+        own = weights[first : first + directions]
         y, gates, cells = kept[3 * layer : 3 * layer + 3]
         x = input if layer == 0 else kept[3 * layer - 3]
-        c = c0[rows].to(cells.dtype)
-        incoming = (
-            dy,
-            None if dh_n is None else dh_n[rows],
-            None if dc_n is None else dc_n[rows].to(c.dtype),
-        )
+        h, c = h0s[layer], c0s[layer]
+        incoming = (dy, dh_ns[layer], dc_ns[layer])
+        first_weight = 3 + first * PER_LAYER
+        need_dx = layer > 0 or needed[0]
+        if fused[layer] and any(needed[first_weight : first_weight + directions * PER_LAYER]):
+            dy, dh, dc, *of_weights = torch.ops.fuseblock_cpu.lstm_layer_bwd.default(
+                *incoming, x, h, c, y, gates, cells, present(own), ragged[1], need_dx
+            )
+            dh0.append(dh)
+            dc0.append(dc)
+            for d in range(directions):
+                dw_ih, dw_hh, db = of_weights[3 * d : 3 * d + 3]
+                at = first_weight + d * PER_LAYER
+                found[at : at + 4] = dw_ih, dw_hh, *((None, None) if own[d][2] is None else (db, db))
+            continue
+        w_hh, w_hr = recurrent_weights(own)
         dgx, dh, dc, total = dispatch.run(
             "lstm_recurrence_bwd", (*incoming, None, None, gates, cells, c, w_hh, w_hr, *ragged)
         )
         dh0.append(dh)
-        dc0.append(dc.to(c0.dtype))
+        dc0.append(dc)
 
-        delta, first_weight = dgx.flatten(0, -2), 3 + first * PER_LAYER
+        delta = dgx.flatten(0, -2)
         wants = needed[first_weight : first_weight + PER_LAYER]
         parts: list[Sequence[Tensor] | None] = [None] * PER_LAYER
         if wants[0]:
             parts[0] = (delta.t() @ x.flatten(0, -2)).chunk(directions)
         if wants[1]:
-            parts[1] = recurrent_weight_grad(c, dgx, y, h0[rows], ragged[0], ragged[1]).unbind()
+            parts[1] = recurrent_weight_grad(c, dgx, y, h, ragged[0], ragged[1]).unbind()
         if wants[2] or wants[3]:
             parts[2] = parts[3] = delta.sum(0).chunk(directions)
         if w_hr is not None and wants[4]:
@@ -145,11 +166,11 @@ def _first_order(
                 at = first_weight + d * PER_LAYER + k
                 if part is not None and needed[at]:
                     found[at] = part[d]
-        if layer > 0 or needed[0]:
+        if need_dx:
             dy = (delta @ join_rows([w[0] for w in own])).view(x.shape)
     found[0] = dy if needed[0] else None
     found[1] = join_rows(dh0[::-1]) if needed[1] else None
-    found[2] = join_rows(dc0[::-1]) if needed[2] else None
+    found[2] = join_rows(dc0[::-1]).to(c0.dtype) if needed[2] else None
     return found
 
 

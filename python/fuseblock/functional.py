@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import dispatch, ops
 from ._engine import choose_engine
+from ._fused_layer import fused_layers, infer
 from ._library import forward_mode_active, plain_eager, state_dtype, wants_gradient
 from ._ragged import pack_rows, pad_rows, unpack_rows
 from ._recompute import LayerWeights
@@ -195,10 +196,15 @@ def _ours_or_one_node(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The stack on our kernels: as one autograd node where that is possible, else operator by operator."""
     tensors = [input, h0, c0, *(x for w in weights for x in w)]
-    if dropout or _plain_pytorch() or not (plain_eager(tensors) and wants_gradient(tensors)):
+    if dropout or _plain_pytorch() or not plain_eager(tensors):
         return _ours(input, h0, c0, weights, directions, dropout, lengths, batch_sizes)
     batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    recorded = wants_gradient(tensors)
+    if not recorded and not all(fused_layers(input, weights, directions, lengths, batch_sizes)):
+        return _ours(input, h0, c0, weights, directions, dropout, lengths, batch_sizes)
     h0, c0 = _states(input, h0, c0, weights, batch)
+    if not recorded:
+        return infer(input, h0, c0, weights, directions, batch_sizes)
     ours = partial(_ours, directions=directions, lengths=lengths, batch_sizes=batch_sizes)
     return fused_stack(input, h0, c0, weights, directions, lengths, batch_sizes, ours)
 

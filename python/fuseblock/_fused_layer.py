@@ -1,0 +1,84 @@
+"""Layers small enough for a core's cache, on a CPU: one op per pass does the whole layer, projection included.
+
+    fuseblock_cpu::lstm_layer(x, h0, c0, weights, batch_sizes, save_state) -> (y, h_n, c_n, gates, c)
+    fuseblock_cpu::lstm_layer_bwd(dy, dh_n, dc_n, x, h0, c0, y, gates, c, weights, batch_sizes, need_dx)
+        -> [dx, dh0, dc0, then per direction dw_ih, dw_hh, db]
+
+The results are those of ``lstm_recurrence`` on the input projection; ``weights`` holds per direction w_ih, w_hh and, if
+there are biases, b_ih, b_hh. ``db`` is the gradient of either bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _ext, dispatch
+from ._library import state_dtype
+from ._recompute import LayerWeights
+
+_PRESENT = _ext.has("fuseblock_cpu", "lstm_layer")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+#: Rows of all steps up to which packing the weights costs more than it gains.
+_FEW_ROWS = 4
+
+
+def fused_layers(
+    input: Tensor,
+    weights: Sequence[LayerWeights],
+    directions: int,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> list[bool]:
+    """Which layers of a stack the op takes; arguments as in `functional.lstm`."""
+    layers = weights[::directions]
+    if (
+        not _PRESENT
+        or input.device.type != "cpu"
+        or input.dtype not in _DTYPES
+        or lengths is not None
+        or dispatch.forced() not in ("auto", "aten", "cpu")  # a forced `aten` concerns whole stacks only
+        or input.dim() != (3 if batch_sizes is None else 2)
+        or input.numel() <= _FEW_ROWS * input.shape[-1]
+    ):
+        return [False] * len(layers)
+    fits = torch.ops.fuseblock_cpu.lstm_layer_fits
+    return [
+        w_hr is None and (b_ih is None) == (b_hh is None) and fits(w_ih.shape[1], w_hh.shape[1])
+        for w_ih, w_hh, b_ih, b_hh, w_hr in layers
+    ]
+
+
+def present(own: Sequence[LayerWeights]) -> list[Tensor]:
+    """The weights of a layer as the op takes them."""
+    return [x for w in own for x in w if x is not None]
+
+
+def per_layer(state: Tensor, directions: int) -> Sequence[Tensor]:
+    """(L*D, ...) as one (D, ...) for each layer."""
+    return (state,) if state.shape[0] == directions else state.split(directions)
+
+
+def infer(
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[LayerWeights],
+    directions: int,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, h_n, c_n) of a stack whose layers the op takes, where nothing wants a gradient."""
+    hs, cs = [], []
+    y, forward = input, torch.ops.fuseblock_cpu.lstm_layer.default
+    states = zip(per_layer(h0, directions), per_layer(c0.to(state_dtype(c0.dtype)), directions), strict=True)
+    for layer, (h, c) in enumerate(states):
+        own = weights[layer * directions : (layer + 1) * directions]
+        y, h_n, c_n, _, _ = forward(y, h, c, present(own), batch_sizes, False)
+        hs.append(h_n)
+        cs.append(c_n)
+    if len(hs) == 1:
+        return y, hs[0], cs[0].to(y.dtype)
+    return y, torch.cat(hs), torch.cat(cs).to(y.dtype)
