@@ -32,6 +32,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="count the mutants of each source and stop")
     parser.add_argument("--source", action="append", metavar="GLOB", help="sources to mutate (default: all)")
+    parser.add_argument(
+        "--operator", help="only mutants of this kind: sign, comparison, term, gate, barrier, ..."
+    )
     parser.add_argument("--sample", type=int, metavar="N", help="at most N mutants of each source")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="sources that run at the same time")
@@ -118,7 +121,8 @@ def main() -> int:
     if not sources:
         console.print(f"no source matches {arguments.source}")
         return 2
-    work = {s: mutants_of(s, arguments.sample, arguments.seed) for s in sources}
+    chosen = (arguments.sample, arguments.seed, arguments.operator)
+    work = {s: mutants for s in sources if (mutants := mutants_of(s, *chosen))}
     if arguments.list:
         _listed(console, work)
         return 0

@@ -47,9 +47,12 @@ class Result:
         return {"status": self.status, "seconds": self.seconds, "by": self.by, **asdict(self.mutant)}
 
 
-def mutants_of(source: Source, sample: int | None = None, seed: int = 0) -> list[Mutant]:
-    """All mutants of a source, or a random sample of them that the seed determines."""
+def mutants_of(
+    source: Source, sample: int | None = None, seed: int = 0, operator: str | None = None
+) -> list[Mutant]:
+    """All mutants of a source (made by one operator), or a random sample of them that the seed determines."""
     mutants = generate(source.path, (ROOT / source.path).read_text())
+    mutants = [m for m in mutants if operator in (None, m.operator)]
     if sample is None or sample >= len(mutants):
         return mutants
     chosen = random.Random(f"{seed} {source.path}").sample(range(len(mutants)), sample)
