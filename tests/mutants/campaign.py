@@ -53,10 +53,9 @@ def mutants_of(
     """All mutants of a source (made by one operator), or a random sample of them that the seed determines."""
     mutants = generate(source.path, (ROOT / source.path).read_text())
     mutants = [m for m in mutants if operator in (None, m.operator)]
-    if sample is None or sample >= len(mutants):
-        return mutants
-    chosen = random.Random(f"{seed} {source.path}").sample(range(len(mutants)), sample)
-    return [mutants[n] for n in sorted(chosen)]
+    # A larger sample contains every smaller one of the same seed.
+    random.Random(f"{seed} {source.path}").shuffle(mutants)
+    return sorted(mutants[:sample], key=lambda m: (m.start, m.end, m.replacement))
 
 
 def equivalents() -> dict[tuple[str, str, str], str]:
