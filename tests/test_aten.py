@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fuseblock
 
@@ -103,3 +104,30 @@ def test_gradients_nobody_asked_for() -> None:
     assert all(p.grad is None for p in frozen.parameters())
     with fuseblock.backend("aten"), torch.no_grad():
         assert not ours(x)[0].requires_grad
+
+
+def test_one_state_only() -> None:
+    _, ours = pair()
+    weights = ours._live_weights()
+    x, h0 = torch.randn(5, 2, 3, dtype=torch.float64), torch.randn(1, 2, 4, dtype=torch.float64)
+    got = []
+    for name in ("aten", "reference"):
+        with fuseblock.backend(name):
+            got.append(fuseblock.functional.lstm(x, h0, None, weights))
+    for a, b in zip(*got, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_forward_mode_is_not_for_pytorchs_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inference at sizes where PyTorch's layer is preferred still has tangents."""
+    monkeypatch.setattr("fuseblock._engine._MAPPED_BYTES", 0)
+    monkeypatch.setattr("fuseblock._engine.fused_layers", lambda *args: [False])
+    stock, ours = pair()
+    ours.requires_grad_(False)
+    x, tangent = torch.randn(2, 5, 2, 3, dtype=torch.float64).unbind()
+    with forward_ad.dual_level():
+        y, _ = ours(forward_ad.make_dual(x, tangent))
+        got = forward_ad.unpack_dual(y).tangent
+    step = 1e-6
+    want = (stock(x + step * tangent)[0] - stock(x - step * tangent)[0]) / (2 * step)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-8)

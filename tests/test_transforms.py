@@ -176,3 +176,28 @@ def test_transforms_under_autocast() -> None:
         (want,) = torch.autograd.grad(functional.lstm_gates(leaf, c)[0].float().sum(), leaf)
     assert got.dtype == torch.float32
     same(got, want)
+
+
+def test_batched_gradients() -> None:
+    """`is_grads_batched`, which `torch.autograd.functional.jacobian(vectorize=True)` uses, equals a loop."""
+    args = tuple(a.requires_grad_() for a in recurrence_inputs())
+    y = functional.lstm_recurrence(*args)[0].sum((0, 1))
+    rows = torch.eye(y.numel(), dtype=y.dtype)
+    got = torch.autograd.grad(y, args, rows, is_grads_batched=True, retain_graph=True)
+    loop = [torch.autograd.grad(y, args, row, retain_graph=True) for row in rows]
+    same(got, tuple(torch.stack(column) for column in zip(*loop, strict=True)))
+
+
+@pytest.mark.parametrize("mistake", ["no weights", "odd weights", "h0", "c0", "both layouts"])
+def test_mistakes_in_a_stack(mistake: str) -> None:
+    layer = (new(4 * H, H), new(4 * H, H), None, None, None)
+    x, state, three = new(T, B, H), new(1, B, H), torch.tensor([3, 3])
+    calls: dict[str, Callable[[], object]] = {
+        "no weights": lambda: functional.lstm(x, None, None, []),
+        "odd weights": lambda: functional.lstm(x, None, None, [layer], bidirectional=True),
+        "h0": lambda: functional.lstm(x, state, None, [layer] * 2),
+        "c0": lambda: functional.lstm(x, None, state, [layer] * 2),
+        "both layouts": lambda: functional.lstm(x, None, None, [layer], lengths=three, batch_sizes=three),
+    }
+    with pytest.raises(ValueError, match="lstm: expected"):
+        calls[mistake]()

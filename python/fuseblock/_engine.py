@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import dispatch
 from ._fused_layer import fused_layers
-from ._library import wants_gradient
+from ._library import forward_mode_active, wants_gradient
 from ._recompute import LayerWeights
 
 #: An allocation beyond this (the C library's largest threshold) is mapped afresh, page by page, on every call.
@@ -24,6 +24,8 @@ def why_not_aten(input: Tensor, lengths: Tensor | None, batch_sizes: Tensor | No
         return "ragged batches"
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms"
+    if forward_mode_active():
+        return "forward mode"
     if input.device.type == "cuda" and input.shape[0] > 65_535:
         return "cuDNN fails beyond 65,535 time steps"
     return None
@@ -64,7 +66,7 @@ def _choose_on_cpu(input: Tensor, weights: Sequence[LayerWeights], directions: i
         return "ours", "the fused recurrence is as fast or faster at these sizes"
     if wants_gradient([input, *(x for w in weights for x in w)]):
         return "ours", "training saves the gates anyway"
-    if all(fused_layers(input, weights, directions, None, None)):
+    if torch._C._get_tracing_state() is None and all(fused_layers(input, weights, directions, None, None)):
         return "ours", "fused layers do not store the input projection"
     return (
         "aten",

@@ -39,6 +39,7 @@ def plain_eager(tensors: Iterable[Any]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_mode_active()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
         or torch._C._is_any_autocast_enabled()
     ) and all(type(x) in _PLAIN for x in tensors if isinstance(x, torch.Tensor))
 

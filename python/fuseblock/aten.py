@@ -99,12 +99,10 @@ def aten_lstm(
     recomputation meets the same dropout mask.
     """
     batch = input.shape[1]
-    w_ih, w_hh, _, _, w_hr = weights[0]
+    w_hh = weights[0][1]
     hidden, proj = w_hh.shape[0] // 4, w_hh.shape[1]
-    del w_ih, w_hr
-    if h0 is None or c0 is None:
-        h0 = input.new_zeros(len(weights), batch, proj)
-        c0 = input.new_zeros(len(weights), batch, hidden)
+    h0 = input.new_zeros(len(weights), batch, proj) if h0 is None else h0
+    c0 = input.new_zeros(len(weights), batch, hidden) if c0 is None else c0
     flat = [x for w in weights for x in w]
     differentiable = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (input, h0, c0, *flat)

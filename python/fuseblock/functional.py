@@ -142,7 +142,7 @@ def lstm(
 
     Args:
         input: (T, B, I), or (N, I) packed with ``batch_sizes``.
-        h0: (L*D, B, P), c0: (L*D, B, H), or both None for zeros.
+        h0: (L*D, B, P), c0: (L*D, B, H); None for zeros.
         weights: per layer and direction (layer 0 forward, layer 0 reverse, ...) a tuple (w_ih (4H, I), w_hh (4H, P),
             b_ih (4H,) or None, b_hh (4H,) or None, w_hr (P, H) or None).
         bidirectional: whether a layer has two directions.
@@ -152,8 +152,20 @@ def lstm(
     Returns:
         output (T, B, D*P) or (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H), in the dtype of ``input`` (under autocast, in
         the autocast dtype).
+
+    Raises:
+        ValueError: the numbers of weights and of states do not fit, or both ``lengths`` and ``batch_sizes`` are given.
     """
     directions = 2 if bidirectional else 1
+    count = len(weights)
+    if count == 0 or count % directions:
+        raise ValueError(f"lstm: expected weights for every layer and direction ({directions}), got {count}")
+    if h0 is not None and h0.shape[0] != count:
+        raise ValueError(f"lstm: expected h0 of shape ({count}, B, P), got {tuple(h0.shape)}")
+    if c0 is not None and c0.shape[0] != count:
+        raise ValueError(f"lstm: expected c0 of shape ({count}, B, H), got {tuple(c0.shape)}")
+    if lengths is not None and batch_sizes is not None:
+        raise ValueError("lstm: expected lengths or batch_sizes, got both")
     dropout = dropout if training and len(weights) > directions else 0.0
     engine, _ = choose_engine(input, weights, directions, lengths, batch_sizes)
     if engine == "aten":

@@ -111,3 +111,13 @@ def test_onnx_after_unfuse() -> None:
     session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {"x": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("recorded", [True, False])
+def test_trace(recorded: bool) -> None:
+    """`torch.jit.trace` records the operators; other sizes than the traced ones run."""
+    model = Model().requires_grad_(recorded)
+    traced = torch.jit.trace(model, (torch.randn(2, 4, 3),), check_trace=False)
+    x = torch.randn(3, 7, 3)
+    torch.testing.assert_close(traced(x), model(x))

@@ -47,7 +47,8 @@ def _padded_pairs(
     """(delta of the later steps, h that each of them read, delta (B, 4H) of the steps that read h0)."""
     # Rows are sliced, not steps: a size T - 1 would make compiled code special at T = 2.
     batch, steps = delta.shape[1], delta.shape[0]
-    delta_rows, y_rows = delta.flatten(0, 1), y.flatten(0, 1)
+    # `reshape`, not `flatten`, which has no rule for batched gradients (``is_grads_batched``).
+    delta_rows, y_rows = delta.reshape(-1, delta.shape[-1]), y.reshape(-1, y.shape[-1])
     if not reverse:
         return delta_rows[batch:], y_rows[:-batch], delta[0]
     if lengths is None:
