@@ -50,6 +50,11 @@ def recurrent_weights(own: Sequence[LayerWeights]) -> tuple[Tensor, Tensor | Non
     return stack_directions([w[1] for w in own]), w_hr
 
 
+def _is_batched(x: Tensor) -> bool:
+    batched = torch._C._functorch.is_legacy_batchedtensor(x) or torch._C._functorch.is_batchedtensor(x)
+    return bool(batched)
+
+
 class _Stack(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -97,7 +102,10 @@ class _Stack(torch.autograd.Function):
             if torch.is_grad_enabled():
                 found = recorded_gradients(ctx.ours, tensors, needed, grads)
             else:
-                found = _first_order(ctx.directions, ctx.fused, tensors, ragged, kept, needed, grads)
+                # `is_grads_batched`: PyTorch loops over an op by itself, but not over one that returns a list.
+                batched = any(g is not None and _is_batched(g) for g in grads)
+                fused = [False] * len(ctx.fused) if batched else ctx.fused
+                found = _first_order(ctx.directions, fused, tensors, ragged, kept, needed, grads)
         return None, None, None, *found
 
 
@@ -149,7 +157,7 @@ def _first_order(
         dh0.append(dh)
         dc0.append(dc)
 
-        delta = dgx.flatten(0, -2)
+        delta = dgx.reshape(-1, dgx.shape[-1])  # not flatten(), which has no rule for batched gradients
         wants = needed[first_weight : first_weight + PER_LAYER]
         parts: list[Sequence[Tensor] | None] = [None] * PER_LAYER
         if wants[0]:

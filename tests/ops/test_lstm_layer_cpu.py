@@ -217,3 +217,34 @@ def test_mistakes() -> None:
         layer(torch.zeros(0, 2, 4), *inputs[1:], weights, None, False)
     with pytest.raises(RuntimeError, match="h0 must be float32"):
         layer(inputs[0], inputs[1].double(), inputs[2], weights, None, False)
+
+
+def test_batched_gradients() -> None:
+    """``is_grads_batched`` runs one backward on a batch of gradients, which PyTorch loops over op by op."""
+    module = fuseblock.nn.LSTM(5, 6, 2, bidirectional=True).double()
+    x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *module.parameters()]
+    with fuseblock.backend("cpu"):
+        y, _ = module(x)
+        cotangents = torch.randn(3, *y.shape, dtype=torch.float64)
+        one_by_one = [torch.autograd.grad(y, inputs, v, retain_graph=True) for v in cotangents]
+        together = torch.autograd.grad(y, inputs, cotangents, is_grads_batched=True)
+    for got, want in zip(together, zip(*one_by_one, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(want))
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "l0", "input"])
+def test_frozen_parts(frozen: str) -> None:
+    x = torch.randn(6, 3, 5, dtype=torch.float64, requires_grad=frozen != "input")
+    stock = torch.nn.LSTM(5, 6, 2, dtype=torch.float64)
+    ours = fuseblock.nn.LSTM(5, 6, 2, dtype=torch.float64)
+    ours.load_state_dict(stock.state_dict())
+    grads = []
+    for module in (stock, ours):
+        for name, p in module.named_parameters():
+            p.requires_grad_(frozen not in name)
+        wanted = [t for t in (x, *module.parameters()) if t.requires_grad]
+        y, (h_n, c_n) = module(x)
+        grads.append(torch.autograd.grad((y.sin().sum() + h_n.sum() + c_n.cos().sum()), wanted))
+    for want, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want)
