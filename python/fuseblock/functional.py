@@ -191,6 +191,8 @@ def _can_pack(input: Tensor, lengths: Tensor) -> bool:
         input.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
         and type(lengths) is Tensor
         and type(input) is Tensor
     )

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fuseblock
 
@@ -121,3 +122,13 @@ def test_trace(recorded: bool) -> None:
     traced = torch.jit.trace(model, (torch.randn(2, 4, 3),), check_trace=False)
     x = torch.randn(3, 7, 3)
     torch.testing.assert_close(traced(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["jit", "fx"])
+def test_traced_lengths_are_no_constants(how: str) -> None:
+    model, x = Model(ragged=True).requires_grad_(False), torch.randn(3, 7, 3)
+    example = (x, torch.tensor([7, 2, 3]))
+    traced = torch.jit.trace(model, example, check_trace=False) if how == "jit" else make_fx(model)(*example)
+    lengths = torch.tensor([1, 5, 4])
+    torch.testing.assert_close(traced(x, lengths), model(x, lengths))
