@@ -2,6 +2,8 @@
 //
 // A row of scratch is z = [x, 1, h], so that the pre-activations are one product with [W_ih | b | W_hh]. Where a step
 // has fewer rows than a tile, the products with [x, 1] are done for many steps at once, and each step adds those with h.
+// Per step and row: reads I x, writes H y and, if saved, 4H activated gates and H c. z holds the compute type; h in it is
+// rounded to the storage type.
 #pragma once
 
 #include "lstm_layer.h"
