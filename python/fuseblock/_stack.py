@@ -98,7 +98,9 @@ class _Stack(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:]
         count = len(needed)
         tensors, ragged, kept = saved[:count], saved[count : count + 2], saved[count + 2 :]
-        with dispatch.backend(ctx.forced):
+        # The forward pass ran without autocast, or it would not have come here.
+        device = tensors[0].device.type
+        with dispatch.backend(ctx.forced), torch.autocast(device, enabled=False):
             if torch.is_grad_enabled():
                 found = recorded_gradients(ctx.ours, tensors, needed, grads)
             else:
@@ -148,7 +150,8 @@ def _first_order(
             for d in range(directions):
                 dw_ih, dw_hh, db = of_weights[3 * d : 3 * d + 3]
                 at = first_weight + d * PER_LAYER
-                found[at : at + 4] = dw_ih, dw_hh, *((None, None) if own[d][2] is None else (db, db))
+                # A gradient of its own for each bias: users scale gradients in place.
+                found[at : at + 4] = dw_ih, dw_hh, *((None, None) if own[d][2] is None else (db, db.clone()))
             continue
         w_hh, w_hr = recurrent_weights(own)
         dgx, dh, dc, total = dispatch.run(
@@ -158,14 +161,16 @@ def _first_order(
         dc0.append(dc)
 
         delta = dgx.reshape(-1, dgx.shape[-1])  # not flatten(), which has no rule for batched gradients
-        wants = needed[first_weight : first_weight + PER_LAYER]
+        of_layer = needed[first_weight : first_weight + directions * PER_LAYER]
+        wants = [any(of_layer[k::PER_LAYER]) for k in range(PER_LAYER)]
         parts: list[Sequence[Tensor] | None] = [None] * PER_LAYER
         if wants[0]:
             parts[0] = (delta.t() @ x.flatten(0, -2)).chunk(directions)
         if wants[1]:
             parts[1] = recurrent_weight_grad(c, dgx, y, h, ragged[0], ragged[1]).unbind()
         if wants[2] or wants[3]:
-            parts[2] = parts[3] = delta.sum(0).chunk(directions)
+            db = delta.sum(0)
+            parts[2], parts[3] = db.chunk(directions), db.clone().chunk(directions)
         if w_hr is not None and wants[4]:
             o = gates.unflatten(-1, (directions, 4, -1))[..., 3, :].flatten(-2)
             parts[4] = projection_weight_grad(directions, total, (o * cells.tanh()).to(o.dtype)).unbind()
