@@ -40,6 +40,7 @@ _CPU_RECURRENCE = (
     _selected(f"{_NOT_CPU} and not odd_sizes", "tests/ops/test_lstm_recurrence.py"),
     _selected("odd_sizes", "tests/ops/test_lstm_recurrence.py"),
 )
+_CPU_LAYER = (("tests/ops/test_lstm_layer_cpu.py",),)
 _THREADS = (("tests/test_cpu_threads.py",),)
 _REFERENCE = (_selected("reference or gradgradcheck_of_packed", *_CPU),)
 _TRITON = (
@@ -74,6 +75,8 @@ SOURCES = [
     Source("csrc/cpu/recurrence_fwd.h", "cpu", _CPU_RECURRENCE, _THREADS),
     Source("csrc/cpu/recurrence_bwd.h", "cpu", _CPU_RECURRENCE, _THREADS),
     Source("csrc/cpu/recurrence_bwd_bwd.h", "cpu", _CPU_RECURRENCE, _THREADS),
+    Source("csrc/cpu/layer_fwd.h", "cpu", _CPU_LAYER, _THREADS),
+    Source("csrc/cpu/layer_bwd.h", "cpu", _CPU_LAYER, _THREADS),
     Source("csrc/cpu/sweep.h", "cpu", _CPU_RECURRENCE, _THREADS),
     Source("csrc/cpu/tile_gemm.h", "cpu", _CPU_RECURRENCE),
     Source("kernels/activations.py", "triton", _TRITON),
