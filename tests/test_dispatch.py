@@ -166,7 +166,13 @@ def test_kernels_is_no_top_level_package() -> None:
 
 @pytest.mark.parametrize(
     ("hidden", "batch", "training", "engine"),
-    [(20, 4096, False, "ours"), (256, 8, False, "ours"), (256, 4096, True, "ours"), (256, 4096, False, "aten")],
+    [
+        (20, 4096, False, "ours"),
+        (256, 8, False, "ours"),
+        (256, 4096, True, "ours"),
+        (256, 4096, False, "aten"),
+        (640, 32, False, "aten"),
+    ],
 )
 def test_engine_on_a_cpu_follows_the_sizes(hidden: int, batch: int, training: bool, engine: str) -> None:
     """PyTorch's layer where ours would store a large input projection that nothing needs afterwards."""

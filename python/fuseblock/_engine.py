@@ -15,6 +15,9 @@ from ._recompute import LayerWeights
 #: An allocation beyond this (the C library's largest threshold) is mapped afresh, page by page, on every call.
 _MAPPED_BYTES = 32 << 20
 
+#: Units and rows from which a step's GEMM takes nearly all of its time.
+_LARGE_HIDDEN, _FULL_BATCH = 256, 32
+
 
 def why_not_aten(input: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None) -> str | None:
     """None when PyTorch's own layer can do what is asked, else the reason why it cannot."""
@@ -59,16 +62,21 @@ def choose_engine(
 
 
 def _choose_on_cpu(input: Tensor, weights: Sequence[LayerWeights], directions: int) -> tuple[str, str]:
-    """Ours, but where the input projection of all steps has to be stored and is large, which inference can avoid."""
-    four_hidden = weights[0][1].shape[0]
-    projection = input.shape[0] * input.shape[1] * directions * four_hidden * input.element_size()
-    if projection <= _MAPPED_BYTES:
-        return "ours", "the fused recurrence is as fast or faster at these sizes"
+    """Ours, but for inference where nearly all of the time is in large GEMMs, or much memory would be written for them.
+
+    Training is ours at all sizes: the saved gates are written anyway, and the backward pass gains.
+    """
     if wants_gradient([input, *(x for w in weights for x in w)]):
-        return "ours", "training saves the gates anyway"
+        return "ours", "the fused recurrence trains as fast or faster at all sizes"
+    hidden, batch = weights[0][1].shape[0] // 4, input.shape[1]
+    projection = input.shape[0] * batch * directions * 4 * hidden * input.element_size()
+    large = hidden >= _LARGE_HIDDEN and batch >= _FULL_BATCH
+    if not large and projection <= _MAPPED_BYTES:
+        return "ours", "the fused recurrence is as fast or faster at these sizes"
+    if weights[0][4] is not None:
+        return "ours", "PyTorch runs projected layers step by step"
     if torch._C._get_tracing_state() is None and all(fused_layers(input, weights, directions, None, None)):
         return "ours", "fused layers do not store the input projection"
-    return (
-        "aten",
-        f"an input projection of {projection >> 20} MiB would be stored by ours, and no gradient needs it",
-    )
+    if large:
+        return "aten", f"inference with H = {hidden} and B = {batch} is bound by GEMMs"
+    return "aten", f"ours would store an input projection of {projection >> 20} MiB, and no gradient needs it"
