@@ -28,3 +28,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def _worst_ratios() -> dict[str, tuple[float, str]]:
+    from .ops.lstm_cases import WORST  # late: kernels must be decorated after TRITON_INTERPRET is set
+
+    return WORST
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["worst_ratios"] = _worst_ratios()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Collect what a worker of pytest-xdist measured."""
+    worst = _worst_ratios()
+    for dtype, (ratio, test) in getattr(node, "workeroutput", {}).get("worst_ratios", {}).items():
+        if ratio > worst.get(dtype, (-1.0, ""))[0]:
+            worst[dtype] = ratio, test
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    for dtype, (ratio, test) in sorted(_worst_ratios().items()):
+        terminalreporter.write_line(
+            f"parity: {dtype} worst error is {ratio:.2f} of the allowed one, in {test}"
+        )
