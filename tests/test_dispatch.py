@@ -169,9 +169,10 @@ def test_kernels_is_no_top_level_package() -> None:
     [
         (20, 4096, False, "ours"),
         (256, 8, False, "ours"),
-        (256, 4096, True, "ours"),
-        (256, 4096, False, "aten"),
         (640, 32, False, "aten"),
+        (256, 1024, True, "ours"),
+        (256, 1024, False, "aten"),
+        (256, 4096, True, "aten"),
     ],
 )
 def test_engine_on_a_cpu_follows_the_sizes(hidden: int, batch: int, training: bool, engine: str) -> None:

@@ -15,6 +15,9 @@ from ._recompute import LayerWeights
 #: An allocation beyond this (the C library's largest threshold) is mapped afresh, page by page, on every call.
 _MAPPED_BYTES = 32 << 20
 
+#: Saved gates beyond this cost more to write and read back than the fused backward pass gains.
+_HUGE_BYTES = 256 << 20
+
 #: Units and rows from which a step's GEMM takes nearly all of its time.
 _LARGE_HIDDEN, _FULL_BATCH = 256, 32
 
@@ -64,13 +67,15 @@ def choose_engine(
 def _choose_on_cpu(input: Tensor, weights: Sequence[LayerWeights], directions: int) -> tuple[str, str]:
     """Ours, but for inference where nearly all of the time is in large GEMMs, or much memory would be written for them.
 
-    Training is ours at all sizes: the saved gates are written anyway, and the backward pass gains.
+    Training is ours up to much larger sizes: the saved gates are written anyway, and the backward pass gains.
     """
-    if wants_gradient([input, *(x for w in weights for x in w)]):
-        return "ours", "the fused recurrence trains as fast or faster at all sizes"
     hidden, batch = weights[0][1].shape[0] // 4, input.shape[1]
     projection = input.shape[0] * batch * directions * 4 * hidden * input.element_size()
     large = hidden >= _LARGE_HIDDEN and batch >= _FULL_BATCH
+    if wants_gradient([input, *(x for w in weights for x in w)]):
+        if large and projection > _HUGE_BYTES and weights[0][4] is None:
+            return "aten", f"training with saved gates of {projection >> 20} MiB is bound by memory and GEMMs"
+        return "ours", "the fused recurrence trains as fast or faster at these sizes"
     if not large and projection <= _MAPPED_BYTES:
         return "ours", "the fused recurrence is as fast or faster at these sizes"
     if weights[0][4] is not None:
