@@ -73,8 +73,10 @@ def _choose_on_cpu(input: Tensor, weights: Sequence[LayerWeights], directions: i
     projection = input.shape[0] * batch * directions * 4 * hidden * input.element_size()
     large = hidden >= _LARGE_HIDDEN and batch >= _FULL_BATCH
     if wants_gradient([input, *(x for w in weights for x in w)]):
-        if large and projection > _HUGE_BYTES and weights[0][4] is None:
+        if large and projection > _HUGE_BYTES:
             return "aten", f"training with saved gates of {projection >> 20} MiB is bound by memory and GEMMs"
+        if large and weights[0][4] is not None:
+            return "aten", f"training a projected layer with H = {hidden} and B = {batch} is bound by GEMMs"
         return "ours", "the fused recurrence trains as fast or faster at these sizes"
     if not large and projection <= _MAPPED_BYTES:
         return "ours", "the fused recurrence is as fast or faster at these sizes"
