@@ -18,7 +18,11 @@ from . import dispatch
 from ._fused_layer import fused_layers, per_layer, present
 from ._library import state_dtype
 from ._recompute import PER_LAYER, LayerWeights, Run, layer_weights, recorded_gradients
-from .ops._recurrent_weight_grad import projection_weight_grad, recurrent_weight_grad
+from .ops._recurrent_weight_grad import (
+    hidden_before_projection,
+    projection_weight_grad,
+    recurrent_weight_grad,
+)
 
 
 def join_rows(tensors: Sequence[Tensor]) -> Tensor:
@@ -172,8 +176,8 @@ def _first_order(
             db = delta.sum(0)
             parts[2], parts[3] = db.chunk(directions), db.clone().chunk(directions)
         if w_hr is not None and wants[4]:
-            o = gates.unflatten(-1, (directions, 4, -1))[..., 3, :].flatten(-2)
-            parts[4] = projection_weight_grad(directions, total, (o * cells.tanh()).to(o.dtype)).unbind()
+            m = hidden_before_projection(gates, cells, directions)
+            parts[4] = projection_weight_grad(directions, total, m).unbind()
         for d in range(directions):
             for k, part in enumerate(parts):
                 at = first_weight + d * PER_LAYER + k

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._library import wants_gradient
 from ._recompute import PER_LAYER, LayerWeights, Run, recorded_gradients
 
 
@@ -82,8 +83,8 @@ class _AtenLSTM(torch.autograd.Function):
 
 def aten_lstm(
     input: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
     weights: Sequence[LayerWeights],
     directions: int,
     dropout: float,
@@ -98,16 +99,8 @@ def aten_lstm(
     ``dropout`` is what is to be applied: zero outside of training. With it the layers are run one by one, so that a
     recomputation meets the same dropout mask.
     """
-    batch = input.shape[1]
-    w_hh = weights[0][1]
-    hidden, proj = w_hh.shape[0] // 4, w_hh.shape[1]
-    h0 = input.new_zeros(len(weights), batch, proj) if h0 is None else h0
-    c0 = input.new_zeros(len(weights), batch, hidden) if c0 is None else c0
     flat = [x for w in weights for x in w]
-    differentiable = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (input, h0, c0, *flat)
-    )
-    if not differentiable:
+    if not wants_gradient((input, h0, c0, *flat)):
         return _call(input, h0, c0, flat, directions, dropout, training)
     if not dropout:
         return _AtenLSTM.apply(ours, directions, training, input, h0, c0, *flat)  # type: ignore[no-any-return]

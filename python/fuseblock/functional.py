@@ -170,6 +170,7 @@ def lstm(
     engine, _ = choose_engine(input, weights, directions, lengths, batch_sizes)
     if engine == "aten":
         ours = partial(_ours, directions=directions)
+        h0, c0 = _states(input, h0, c0, weights, input.shape[1])
         return aten_lstm(input, h0, c0, weights, directions, dropout, training, ours)
     if lengths is not None and _can_pack(input, lengths):
         ragged = pack_rows(input, lengths, h0, c0)

@@ -72,6 +72,13 @@ def _packed_pairs(
     return delta.index_select(0, earlier), y[batch:], delta.index_select(0, last)
 
 
+def hidden_before_projection(gates: Tensor, c: Tensor, directions: int) -> Tensor:
+    """Hidden states before the projection: m = o * tanh(c), (..., D*H), from activated gates (..., D*4H)."""
+    o = gates.unflatten(-1, (directions, 4, -1))[..., 3, :].flatten(-2)
+    m: Tensor = o * torch.tanh(c)
+    return m.to(gates.dtype)
+
+
 def projection_weight_grad(directions: int, dh: Tensor, m: Tensor) -> Tensor:
     """d(w_hr) (D, P, H): the sum over steps of outer(dh_t, m_t), from (..., D*P) and (..., D*H)."""
     columns = zip(dh.chunk(directions, -1), m.chunk(directions, -1), strict=True)

@@ -27,7 +27,7 @@ from .._library import DifferentiableOp, no_third_order, state_dtype
 from ..reference import lstm_recurrence as reference
 from . import _candidates
 from ._recurrence_vmap import fold_into_batch
-from ._recurrent_weight_grad import projection_weight_grad, recurrent_weight_grad
+from ._recurrent_weight_grad import hidden_before_projection, projection_weight_grad, recurrent_weight_grad
 
 for _op, _reference in (
     ("lstm_recurrence", reference.lstm_recurrence_reference),
@@ -215,16 +215,9 @@ def _fwd_backward(
     if ctx.needs_input_grad[3]:
         dw_hh = recurrent_weight_grad(c0, dgx, y, h0, lengths, batch_sizes)
     if w_hr is not None and ctx.needs_input_grad[4]:
-        m = _hidden_before_projection(gates, c, w_hr.shape[0])
+        m = hidden_before_projection(gates, c, w_hr.shape[0])
         dw_hr = projection_weight_grad(w_hr.shape[0], dh, m)
     return dgx, dh0, dc0, dw_hh, dw_hr, None, None, None
-
-
-def _hidden_before_projection(gates: Tensor, c: Tensor, directions: int) -> Tensor:
-    """M = o * tanh(c), (..., D*H), from activated gates (..., D*4H)."""
-    o = gates.unflatten(-1, (directions, 4, -1))[..., 3, :].flatten(-2)
-    m: Tensor = o * torch.tanh(c)
-    return m.to(gates.dtype)
 
 
 def _bwd_impl(*args: Any) -> Any:
