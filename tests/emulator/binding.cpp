@@ -1,7 +1,9 @@
 // The CUDA launchers of the LSTM step as Python functions on CPU tensors. Knows torch tensors by their Python interface only.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
+#include <vector>
 
 #include "cuda/dtype.h"
 #include "cuda/lstm_gates.h"
@@ -120,6 +122,20 @@ void gates_bwd_bwd(H v_dgates, H v_dc, H dh, H dc_new, H gates, H c, H a_dh_out,
          is);
 }
 
+// What a launcher returns where nothing is launched: for the sizes and dtypes of no operands.
+int launch_nothing(int64_t rows, int64_t hidden, int dtype, int c_dtype) {
+  fuseblock::LstmStepFwd step{};
+  step.shape.rows = rows;
+  step.shape.hidden = hidden;
+  return launch_lstm_step_fwd(&step, dtype, c_dtype, nullptr);
+}
+
+// Blocks over rows, blocks over units, threads over units, threads over rows of the last launch.
+std::vector<unsigned> last_launch() {
+  const auto [grid, block] = cuda_emulator::last_launch();
+  return {grid.x, grid.y, block.x, block.y};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(emulated_lstm_gates, m) {
@@ -128,6 +144,8 @@ PYBIND11_MODULE(emulated_lstm_gates, m) {
   m.def("step_bwd_bwd", &step_bwd_bwd);
   m.def("gates_bwd", &gates_bwd);
   m.def("gates_bwd_bwd", &gates_bwd_bwd);
+  m.def("launch_nothing", &launch_nothing);
+  m.def("last_launch", &last_launch);
   m.def("set_seed", &cuda_emulator::set_seed);
   m.def("set_workers", &cuda_emulator::set_workers);
 }

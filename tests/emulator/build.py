@@ -23,7 +23,8 @@ CACHE = ROOT / "build" / "emulator"
 
 #: Compiler flags of a variant, and the definition that tells the (uninstrumented) runtime about it.
 VARIANTS = {
-    "plain": (["-O2"], []),
+    # An access that the hardware would refuse as misaligned traps.
+    "plain": (["-O2", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"], []),
     "asan": (["-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"], ["-DCUDA_EMULATOR_ASAN"]),
     "tsan": (["-O1", "-g", "-fsanitize=thread"], ["-DCUDA_EMULATOR_TSAN"]),
 }

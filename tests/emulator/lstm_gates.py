@@ -17,6 +17,8 @@ class EmulatedCuda:
         step_fwd, step_bwd, step_bwd_bwd: the in-place steps of the per-step driver (`per_step.StepKernels`).
         set_seed: (int) order in which the threads of a block take turns, 0: ascending.
         set_workers: (int) how many blocks run at the same time.
+        last_launch: [blocks over rows, blocks over units, threads over units, threads over rows].
+        launch_nothing: (rows, hidden, dtype number, c_dtype number) the error of a launch without operands.
     """
 
     def __init__(self, module: ModuleType) -> None:
@@ -27,6 +29,7 @@ class EmulatedCuda:
             module.step_bwd_bwd,
         )
         self.set_seed, self.set_workers = module.set_seed, module.set_workers
+        self.last_launch, self.launch_nothing = module.last_launch, module.launch_nothing
 
     def lstm_gates(self, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         h, c_new = _poisoned(c.shape, gates), _poisoned(c.shape, c)

@@ -249,6 +249,91 @@ def test_outputs_may_be_inputs(emulated_cuda: EmulatedCuda) -> None:
         assert torch.equal(c, c_apart)
 
 
+GRID_SIZES = [(1, 1), (64, 16), (65, 16), (5, 33), (127, 3), (3, 512), (2, 1028)]
+
+
+@pytest.mark.parametrize(("rows", "hidden"), GRID_SIZES, ids=str)
+def test_grids_have_few_idle_threads(emulated_cuda: EmulatedCuda, rows: int, hidden: int) -> None:
+    emulated_cuda.lstm_gates(torch.randn(rows, 4 * hidden), torch.randn(rows, hidden))
+    row_blocks, unit_blocks, along, across = emulated_cuda.last_launch()
+    pieces = hidden if hidden % 4 else hidden // 4
+    assert unit_blocks == -(-pieces // 128), "as few blocks as a row needs"
+    assert pieces <= unit_blocks * along < pieces + unit_blocks, "of nearly equal size"
+    assert across == 128 // along, "as many rows as fit"
+    assert row_blocks == -(-rows // across), "as few blocks as the rows need"
+
+
+def test_sizes_beyond_the_grid_are_refused(emulated_cuda: EmulatedCuda) -> None:
+    def launch(rows: int, hidden: int) -> None:
+        pre, state = (torch.empty(1, n).expand(rows, n) for n in (4 * hidden, hidden))
+        emulated_cuda.step_fwd(pre, state, state, state, None, None, 0, None)
+
+    for rows, hidden in [(1, 65535 * 128 + 1), (2**31, 512)]:
+        with pytest.raises(ValueError, match="cudaError"):
+            launch(rows, hidden)
+
+
+def test_sizes_and_dtypes_of_no_operands(emulated_cuda: EmulatedCuda) -> None:
+    invalid = 1
+    for shape, error in {(0, 3): 0, (3, 0): 0, (0, 0): 0, (-1, 3): invalid, (3, -1): invalid}.items():
+        assert emulated_cuda.launch_nothing(*shape, 1, 1) == error
+    states = {torch.float64: {torch.float64}, torch.float32: {torch.float32}}
+    states |= {dtype: {dtype, torch.float32} for dtype in (torch.float16, torch.bfloat16)}
+    for dtype in DTYPES:
+        for c_dtype in set(DTYPES) - states[dtype]:
+            with pytest.raises(ValueError, match="cudaError"):
+                emulated_cuda.lstm_gates(torch.zeros(2, 12, dtype=dtype), torch.zeros(2, 3, dtype=c_dtype))
+
+
+def aligned(rows: int, columns: int, stride: int, offset: int, dtype: torch.dtype) -> Tensor:
+    """Rows that start `offset` elements behind a multiple of 64 bytes."""
+    whole = torch.zeros(rows * stride + offset + 64, dtype=dtype)
+    start = -whole.data_ptr() % 64 // dtype.itemsize + offset
+    return torch.as_strided(whole, (rows, columns), (stride, 1), start)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("step", ["step_fwd", "step_bwd", "step_bwd_bwd"])
+def test_rows_move_in_pieces_where_all_operands_allow_it(
+    emulated_cuda: EmulatedCuda, step: str, dtype: torch.dtype
+) -> None:
+    """The hardware faults on a piece of 16 bytes that does not start at a multiple of 16."""
+    hidden, rows, width, state = 8, 2, 16 // dtype.itemsize, state_dtype(dtype)
+    steps = {
+        "step_fwd": "GSCSg_tc",
+        "step_bwd": "GSScsg_tgScscs",
+        "step_bwd_bwd": "GSScSggs_tCSgGSSc",
+    }
+    # Lower case letters are optional operands; _ stands for lengths, t for a time.
+    kinds = {"g": (4 * hidden, dtype), "c": (hidden, dtype), "s": (hidden, state)}
+
+    def width_with(changed: int | None, stride: int = 0, offset: int = 0, absent: bool = False) -> int:
+        args: list[object] = []
+        for place, letter in enumerate(steps[step]):
+            if letter in "_t":
+                args.append(None if letter == "_" else 0)
+                continue
+            columns, kind = kinds[letter.lower()]
+            other = place == changed
+            args.append(
+                None
+                if absent and letter.islower()
+                else aligned(rows, columns, columns + other * stride, other * offset, kind)
+            )
+        getattr(emulated_cuda, step)(*args)
+        _, blocks, threads, _ = emulated_cuda.last_launch()
+        assert blocks == 1
+        return hidden // threads
+
+    assert width_with(None) == width_with(None, absent=True) == width
+    for place, letter in enumerate(steps[step]):
+        if letter not in "_t":
+            piece = 16 // kinds[letter.lower()][1].itemsize
+            assert width_with(place, stride=piece) == width_with(place, offset=piece) == width
+            assert width_with(place, stride=1) == width_with(place, offset=1) == 1
+            assert width_with(place, stride=piece // 2) == 1
+
+
 def test_nan_and_infinity_travel(emulated_cuda: EmulatedCuda) -> None:
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, 1e4, -1e4])
     pairs = torch.cartesian_prod(special, special)

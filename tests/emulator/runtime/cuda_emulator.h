@@ -2,8 +2,8 @@
 //
 // Every CUDA thread is a fiber, every block in flight an OS thread. Checked: barriers that not all threads reach,
 // different collectives that meet, lanes outside of their mask, shuffles from lanes that do not take part, grid.sync() in
-// an ordinary launch, too much shared memory. Shared memory starts as NaN (all bits set). Threads of a block take turns
-// in an order that set_seed() shuffles. With AddressSanitizer shared arrays have red zones; with ThreadSanitizer only
+// an ordinary launch, too much shared memory. Misaligned accesses trap (a flag of the compiler). Shared memory starts as
+// NaN (all bits set). Threads of a block take turns in an order that set_seed() shuffles. With AddressSanitizer shared arrays have red zones; with ThreadSanitizer only
 // barriers and atomics order memory, so that missing ones are reported.
 //
 // Stricter than hardware: a thread that has returned counts as missing at a barrier and in a mask. Not modelled: speed,
@@ -65,6 +65,12 @@ void* dynamic_shared();
 
 // Runs `thread` once per CUDA thread; returns when the grid is done. Throws std::runtime_error.
 void launch(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, const std::function<void()>& thread);
+
+struct LaunchShape {
+  dim3 grid, block;
+};
+// Of the launch that started last.
+LaunchShape last_launch();
 
 // 0: threads take turns in order; else their order is shuffled anew in every round.
 void set_seed(unsigned seed);

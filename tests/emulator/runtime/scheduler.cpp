@@ -38,6 +38,7 @@ constexpr int kCooperativeBlockLimit = 256;
 constexpr size_t kSharedArrayLimit = 64;
 
 std::atomic<unsigned> g_seed{0};
+LaunchShape g_last_launch{};  // tests launch from one thread
 std::atomic<int> g_workers{static_cast<int>(std::max(1u, std::thread::hardware_concurrency()))};
 
 struct Barrier {
@@ -352,6 +353,7 @@ void launch(dim3 size, dim3 block_size, size_t shared_bytes, bool cooperative, c
       shared_bytes > kSharedLimit || (cooperative && blocks > kCooperativeBlockLimit)) {
     throw std::runtime_error("cuda emulator: invalid launch configuration");
   }
+  g_last_launch = {size, block_size};
   Grid grid{size, block_size, shared_bytes, cooperative, &thread, static_cast<int>(blocks)};
   std::atomic<int> next{0};
   const auto work = [&] {
@@ -371,6 +373,8 @@ void launch(dim3 size, dim3 block_size, size_t shared_bytes, bool cooperative, c
   }
   if (grid.failed) throw std::runtime_error("cuda emulator: " + grid.message);
 }
+
+LaunchShape last_launch() { return g_last_launch; }
 
 void set_seed(unsigned seed) { g_seed = seed; }
 
