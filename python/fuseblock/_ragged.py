@@ -7,27 +7,59 @@ length, time-major, step t owning batch_sizes[t] rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ._recompute import LayerWeights, Run
+
 
 @dataclass(frozen=True)
-class Ragged:
-    """A ragged batch in packed layout, and the way back."""
+class Packing:
+    """How the rows of a padded batch lie in packed layout, and the way back. Differentiable to any order."""
 
-    input: Tensor  # (N, I)
     batch_sizes: Tensor  # (T',), T' = the longest length
-    h0: Tensor | None  # states of the rows in packed order
-    c0: Tensor | None
-    positions: Tensor  # (N,): where a packed row lies in the (T * B, I) input
+    positions: Tensor  # (N,): where a packed row lies in the (T * B, ...) tensors
     order: Tensor  # (B,): packed row -> batch row
+    back: Tensor  # (B,): batch row -> packed row
     padded: tuple[int, int]  # T, B
 
+    def pack(self, padded: Tensor) -> Tensor:
+        """(N, F) of (T, B, F)."""
+        return padded.reshape(-1, padded.shape[-1]).index_select(0, self.positions)
 
-def pack_rows(input: Tensor, lengths: Tensor, h0: Tensor | None, c0: Tensor | None) -> Ragged | None:
-    """Pack ``input`` (T, B, I) by ``lengths`` (B,). None when a row is empty or nothing would be saved.
+    def unpack(self, packed: Tensor) -> Tensor:
+        """(T, B, F) of (N, F), zero beyond a row's end."""
+        time, batch = self.padded
+        rows = packed.new_zeros(time * batch, packed.shape[-1]).index_copy_(0, self.positions, packed)
+        return rows.view(time, batch, -1)
+
+    def pack_state(self, state: Tensor) -> Tensor:
+        """A state (L*D, B, ...) in packed order."""
+        return state.index_select(1, self.order)
+
+    def unpack_state(self, state: Tensor) -> Tensor:
+        """A state in packed order in that of the batch."""
+        return state.index_select(1, self.back)
+
+    def around(self, run: Run) -> Run:
+        """``run``, which takes a packed batch, on a padded one."""
+
+        def padded_run(
+            input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[LayerWeights]
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            h0 = None if h0 is None else self.pack_state(h0)
+            c0 = None if c0 is None else self.pack_state(c0)
+            output, h_n, c_n = run(self.pack(input), h0, c0, weights)
+            return self.unpack(output), self.unpack_state(h_n), self.unpack_state(c_n)
+
+        return padded_run
+
+
+def packing(input: Tensor, lengths: Tensor) -> Packing | None:
+    """How to pack ``input`` (T, B, I) by ``lengths`` (B,). None when a row is empty or nothing would be saved.
 
     Raises:
         ValueError: lengths have another shape or dtype, or values outside [0, T].
@@ -47,24 +79,13 @@ def pack_rows(input: Tensor, lengths: Tensor, h0: Tensor | None, c0: Tensor | No
         return None
     active = sorted_lengths > torch.arange(longest).unsqueeze(1)  # (T', B)
     step, rank = active.nonzero(as_tuple=True)
-    positions = step * batch + order[rank]
-    return Ragged(
-        input=input.reshape(time * batch, -1).index_select(0, positions),
+    return Packing(
         batch_sizes=active.sum(1),
-        h0=None if h0 is None else h0.index_select(1, order),
-        c0=None if c0 is None else c0.index_select(1, order),
-        positions=positions,
+        positions=step * batch + order[rank],
         order=order,
+        back=order.argsort(),
         padded=(time, batch),
     )
-
-
-def unpack_rows(ragged: Ragged, output: Tensor, h_n: Tensor, c_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(output (T, B, ...), h_n, c_n) in batch order; output is zero beyond a row's end."""
-    time, batch = ragged.padded
-    padded = output.new_zeros(time * batch, output.shape[-1]).index_copy(0, ragged.positions, output)
-    back = ragged.order.argsort()
-    return padded.view(time, batch, -1), h_n.index_select(1, back), c_n.index_select(1, back)
 
 
 def pad_rows(packed: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

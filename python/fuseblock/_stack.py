@@ -7,7 +7,8 @@ backward recomputes the stack on the operators (`_recompute`). The mathematics i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from torch import Tensor
 from . import dispatch
 from ._fused_layer import fused_layers, per_layer, present
 from ._library import state_dtype
+from ._ragged import Packing
 from ._recompute import PER_LAYER, LayerWeights, Run, layer_weights, recorded_gradients
 from .ops._recurrent_weight_grad import (
     hidden_before_projection,
     projection_weight_grad,
-    recurrent_weight_grad,
+    recurrent_weight_grads,
 )
 
 
@@ -66,18 +68,18 @@ class _Stack(torch.autograd.Function):
         ours: Run,
         directions: int,
         ragged: tuple[Tensor | None, Tensor | None],
+        packing: Packing | None,
         input: Tensor,
         h0: Tensor,
         c0: Tensor,
         *flat: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.ours, ctx.directions, ctx.forced = ours, directions, dispatch.forced()
+        ctx.ours, ctx.directions, ctx.packing, ctx.forced = ours, directions, packing, dispatch.forced()
         weights = layer_weights(flat)
-        ctx.fused = fused_layers(input, weights, directions, *ragged)
-        y, hs, cs, kept = input, [], [], []
-        h0s = per_layer(h0, directions)
-        c0s = per_layer(c0.to(state_dtype(c0.dtype)), directions)
+        y, hs, cs, kept = input if packing is None else packing.pack(input), [], [], []
+        ctx.fused = fused_layers(y, weights, directions, *ragged)
+        h0s, c0s = _initial_states(h0, c0, directions, packing)
         for layer, (h, c, fused) in enumerate(zip(h0s, c0s, ctx.fused, strict=True)):
             own = weights[layer * directions : (layer + 1) * directions]
             if fused:
@@ -93,13 +95,18 @@ class _Stack(torch.autograd.Function):
             hs.append(h_n)
             cs.append(c_n)
             kept += [y, gates, cells]
+        h_n, c_n = join_rows(hs), join_rows(cs).to(c0.dtype)
+        if packing is not None:
+            # Of the outermost input and output the padded one is kept: it is alive anyway.
+            y, h_n, c_n = packing.unpack(y), packing.unpack_state(h_n), packing.unpack_state(c_n)
+            kept[-3] = y
         ctx.save_for_backward(input, h0, c0, *flat, *ragged, *kept)
-        return y, join_rows(hs), join_rows(cs).to(c0.dtype)
+        return y, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         count = len(needed)
         tensors, ragged, kept = saved[:count], saved[count : count + 2], saved[count + 2 :]
         # The forward pass ran without autocast, or it would not have come here.
@@ -111,12 +118,23 @@ class _Stack(torch.autograd.Function):
                 # `is_grads_batched`: PyTorch loops over an op by itself, but not over one that returns a list.
                 batched = any(g is not None and _is_batched(g) for g in grads)
                 fused = [False] * len(ctx.fused) if batched else ctx.fused
-                found = _first_order(ctx.directions, fused, tensors, ragged, kept, needed, grads)
-        return None, None, None, *found
+                found = _first_order(ctx.directions, ctx.packing, fused, tensors, ragged, kept, needed, grads)
+        return None, None, None, None, *found
+
+
+def _initial_states(
+    h0: Tensor, c0: Tensor, directions: int, packing: Packing | None
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """(h0, c0) of every layer, in the order of the rows that run and in the dtype of the state."""
+    c0 = c0.to(state_dtype(c0.dtype))
+    if packing is not None:
+        h0, c0 = packing.pack_state(h0), packing.pack_state(c0)
+    return per_layer(h0, directions), per_layer(c0, directions)
 
 
 def _first_order(
     directions: int,
+    packing: Packing | None,
     fused: Sequence[bool],
     tensors: Sequence[Tensor | None],
     ragged: Sequence[Tensor | None],
@@ -130,24 +148,35 @@ def _first_order(
     assert c0 is not None
     weights = layer_weights(flat)
     dy, dh_n, dc_n = grads
+    if packing is not None:
+        dy = None if dy is None else packing.pack(dy)
+        dh_n = None if dh_n is None else packing.pack_state(dh_n)
+        dc_n = None if dc_n is None else packing.pack_state(dc_n)
     found: list[Tensor | None] = [None] * len(tensors)
-    dh0, dc0 = [], []
-    h0s = per_layer(h0, directions)
-    c0s = per_layer(c0.to(state_dtype(c0.dtype)), directions)
+    dh0: list[Tensor] = []
+    dc0: list[Tensor] = []
+    h0s, c0s = _initial_states(h0, c0, directions, packing)
     dh_ns = [None] * len(h0s) if dh_n is None else per_layer(dh_n, directions)
     dc_ns = [None] * len(h0s) if dc_n is None else per_layer(dc_n.to(c0s[0].dtype), directions)
+    last = len(h0s) - 1
+
+    def read(layer: int) -> Tensor:
+        """The input of a layer, of the one after the last the output; packed as late as possible."""
+        x = input if layer == 0 else kept[3 * layer - 3]
+        return x if packing is None or 0 < layer <= last else packing.pack(x)
+
     for layer in reversed(range(len(h0s))):
         first = layer * directions
         own = weights[first : first + directions]
-        y, gates, cells = kept[3 * layer : 3 * layer + 3]
-        x = input if layer == 0 else kept[3 * layer - 3]
+        gates, cells = kept[3 * layer + 1 : 3 * layer + 3]
         h, c = h0s[layer], c0s[layer]
-        incoming = (dy, dh_ns[layer], dc_ns[layer])
+        dh, dc = dh_ns[layer], dc_ns[layer]
         first_weight = 3 + first * PER_LAYER
+        of_layer = needed[first_weight : first_weight + directions * PER_LAYER]
         need_dx = layer > 0 or needed[0]
-        if fused[layer] and any(needed[first_weight : first_weight + directions * PER_LAYER]):
+        if fused[layer] and any(of_layer):
             dy, dh, dc, *of_weights = torch.ops.fuseblock_cpu.lstm_layer_bwd.default(
-                *incoming, x, h, c, y, gates, cells, present(own), ragged[1], need_dx
+                dy, dh, dc, read(layer), h, c, read(layer + 1), gates, cells, present(own), ragged[1], need_dx
             )
             dh0.append(dh)
             dc0.append(dc)
@@ -157,38 +186,69 @@ def _first_order(
                 # A gradient of its own for each bias: users scale gradients in place.
                 found[at : at + 4] = dw_ih, dw_hh, *((None, None) if own[d][2] is None else (db, db.clone()))
             continue
-        w_hh, w_hr = recurrent_weights(own)
         dgx, dh, dc, total = dispatch.run(
-            "lstm_recurrence_bwd", (*incoming, None, None, gates, cells, c, w_hh, w_hr, *ragged)
+            "lstm_recurrence_bwd",
+            (dy, dh, dc, None, None, gates, cells, c, *recurrent_weights(own), *ragged),
         )
+        dy = None  # released, like the recurrence's gradients below: memory is at its peak here
+        wants = [any(of_layer[k::PER_LAYER]) for k in range(PER_LAYER)]
+        reads = partial(read, layer), partial(read, layer + 1)
+        dy, parts = _through_gemms(dgx, total, gates, cells, h, c, own, ragged, reads, wants, need_dx)
+        dgx = None
         dh0.append(dh)
         dc0.append(dc)
-
-        delta = dgx.reshape(-1, dgx.shape[-1])  # not flatten(), which has no rule for batched gradients
-        of_layer = needed[first_weight : first_weight + directions * PER_LAYER]
-        wants = [any(of_layer[k::PER_LAYER]) for k in range(PER_LAYER)]
-        parts: list[Sequence[Tensor] | None] = [None] * PER_LAYER
-        if wants[0]:
-            parts[0] = (delta.t() @ x.flatten(0, -2)).chunk(directions)
-        if wants[1]:
-            parts[1] = recurrent_weight_grad(c, dgx, y, h, ragged[0], ragged[1]).unbind()
-        if wants[2] or wants[3]:
-            db = delta.sum(0)
-            parts[2], parts[3] = db.chunk(directions), db.clone().chunk(directions)
-        if w_hr is not None and wants[4]:
-            m = hidden_before_projection(gates, cells, directions)
-            parts[4] = projection_weight_grad(directions, total, m).unbind()
         for d in range(directions):
             for k, part in enumerate(parts):
                 at = first_weight + d * PER_LAYER + k
                 if part is not None and needed[at]:
                     found[at] = part[d]
-        if need_dx:
-            dy = (delta @ join_rows([w[0] for w in own])).view(x.shape)
+    if packing is not None:
+        dy = packing.unpack(dy) if needed[0] and dy is not None else None
+        dh0, dc0 = [packing.unpack_state(x) for x in dh0], [packing.unpack_state(x) for x in dc0]
     found[0] = dy if needed[0] else None
     found[1] = join_rows(dh0[::-1]) if needed[1] else None
     found[2] = join_rows(dc0[::-1]).to(c0.dtype) if needed[2] else None
     return found
+
+
+def _through_gemms(
+    dgx: Tensor,
+    total: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    own: Sequence[LayerWeights],
+    ragged: Sequence[Tensor | None],
+    reads: tuple[Callable[[], Tensor], Callable[[], Tensor]],
+    wants: Sequence[bool],
+    need_dx: bool,
+) -> tuple[Tensor | None, list[Sequence[Tensor] | None]]:
+    """(dx, gradients of each kind of weight by direction) of one layer, from what the recurrence's backward gave.
+
+    ``reads`` give the layer's input and output: packed copies of them are made late and die early, since memory is at
+    its peak here.
+    """
+    directions = len(own)
+    delta = dgx.reshape(-1, dgx.shape[-1])  # not flatten(), which has no rule for batched gradients
+    parts: list[Sequence[Tensor] | None] = [None] * PER_LAYER
+    if wants[1]:
+        parts[1] = recurrent_weight_grads(c0, dgx, reads[1](), h0, *ragged)
+    if wants[0]:
+        parts[0] = (delta.t() @ reads[0]().flatten(0, -2)).chunk(directions)
+    if wants[2] or wants[3]:
+        db = delta.sum(0)
+        parts[2], parts[3] = db.chunk(directions), db.clone().chunk(directions)
+    if wants[4] and own[0][4] is not None:
+        m = hidden_before_projection(gates, cells, directions)
+        parts[4] = projection_weight_grad(directions, total, m).unbind()
+    if not need_dx:
+        return None, parts
+    columns = delta.chunk(directions, 1)
+    dx = columns[0] @ own[0][0]
+    for column, w in zip(columns[1:], own[1:], strict=True):
+        dx.addmm_(column, w[0])
+    return dx.view(*dgx.shape[:-1], -1), parts
 
 
 def fused_stack(
@@ -197,10 +257,16 @@ def fused_stack(
     c0: Tensor,
     weights: Sequence[LayerWeights],
     directions: int,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
+    ragged: tuple[Tensor | None, Tensor | None],
+    packing: Packing | None,
     ours: Run,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(output, h_n, c_n) of a stack without dropout, as one autograd node; arguments as in `functional.lstm`."""
+    """(output, h_n, c_n) of a stack without dropout, as one autograd node; arguments as in `functional.lstm`.
+
+    Args:
+        ragged: lengths and batch_sizes.
+        packing: how the padded input, states and output lie in the packed rows that ``batch_sizes`` describes.
+        ours: runs the same stack on the operators.
+    """
     flat = [x for w in weights for x in w]
-    return _Stack.apply(ours, directions, (lengths, batch_sizes), input, h0, c0, *flat)  # type: ignore[no-any-return]
+    return _Stack.apply(ours, directions, ragged, packing, input, h0, c0, *flat)  # type: ignore[no-any-return]

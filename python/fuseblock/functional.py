@@ -18,8 +18,8 @@ from . import dispatch, ops
 from ._engine import choose_engine
 from ._fused_layer import fused_layers, infer
 from ._library import forward_mode_active, plain_eager, state_dtype, wants_gradient
-from ._ragged import pack_rows, pad_rows, unpack_rows
-from ._recompute import LayerWeights
+from ._ragged import Packing, packing, pad_rows
+from ._recompute import LayerWeights, Run
 from ._stack import fused_stack, input_projection, join_rows, recurrent_weights
 from .aten import aten_lstm
 from .reference import lstm_gates_reference, lstm_recurrence_reference
@@ -173,12 +173,9 @@ def lstm(
         h0, c0 = _states(input, h0, c0, weights, input.shape[1])
         return aten_lstm(input, h0, c0, weights, directions, dropout, training, ours)
     if lengths is not None and _can_pack(input, lengths):
-        ragged = pack_rows(input, lengths, h0, c0)
-        if ragged is not None:
-            packed = _ours_or_one_node(
-                ragged.input, ragged.h0, ragged.c0, weights, directions, dropout, None, ragged.batch_sizes
-            )
-            return unpack_rows(ragged, *packed)
+        packed = packing(input, lengths)
+        if packed is not None:
+            return _ours_or_one_node(input, h0, c0, weights, directions, dropout, packing=packed)
     if batch_sizes is not None and input.device.type != "cpu" and not _plain_pytorch():
         padded, lengths, positions = pad_rows(input, batch_sizes)
         output, h_n, c_n = _ours(padded, h0, c0, weights, directions, dropout, lengths)
@@ -206,22 +203,35 @@ def _ours_or_one_node(
     weights: Sequence[LayerWeights],
     directions: int,
     dropout: float,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
+    lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The stack on our kernels: as one autograd node where that is possible, else operator by operator."""
+    """The stack on our kernels: as one autograd node where that is possible, else operator by operator.
+
+    With ``packing`` the padded input is run in packed layout.
+    """
     tensors = [input, h0, c0, *(x for w in weights for x in w)]
-    if dropout or _plain_pytorch() or not plain_eager(tensors):
-        return _ours(input, h0, c0, weights, directions, dropout, lengths, batch_sizes)
-    batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
-    recorded = wants_gradient(tensors)
-    if not recorded and not all(fused_layers(input, weights, directions, lengths, batch_sizes)):
-        return _ours(input, h0, c0, weights, directions, dropout, lengths, batch_sizes)
-    h0, c0 = _states(input, h0, c0, weights, batch)
-    if not recorded:
+    if packing is not None:
+        batch_sizes = packing.batch_sizes
+    direct = not dropout and not _plain_pytorch() and plain_eager(tensors)
+    if direct and wants_gradient(tensors):
+        ours: Run = partial(_ours, directions=directions, lengths=lengths, batch_sizes=batch_sizes)
+        if packing is not None:
+            ours = packing.around(ours)
+        h0, c0 = _states(input, h0, c0, weights, _batch(input, batch_sizes))
+        return fused_stack(input, h0, c0, weights, directions, (lengths, batch_sizes), packing, ours)
+    if packing is not None:
+        run = partial(_ours_or_one_node, directions=directions, dropout=dropout, batch_sizes=batch_sizes)
+        return packing.around(run)(input, h0, c0, weights)
+    if direct and all(fused_layers(input, weights, directions, lengths, batch_sizes)):
+        h0, c0 = _states(input, h0, c0, weights, _batch(input, batch_sizes))
         return infer(input, h0, c0, weights, directions, batch_sizes)
-    ours = partial(_ours, directions=directions, lengths=lengths, batch_sizes=batch_sizes)
-    return fused_stack(input, h0, c0, weights, directions, lengths, batch_sizes, ours)
+    return _ours(input, h0, c0, weights, directions, dropout, lengths, batch_sizes)
+
+
+def _batch(input: Tensor, batch_sizes: Tensor | None) -> int:
+    return input.shape[1] if batch_sizes is None else int(batch_sizes[0])
 
 
 def _states(
@@ -246,7 +256,7 @@ def _ours(
     batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The stack on `lstm_recurrence`, layer after layer."""
-    batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    batch = _batch(input, batch_sizes)
     hs, cs = [], []
     y = input
     for first in range(0, len(weights), directions):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_packed_sequence
 
 import fuseblock
+from benchmarks.memory import peak_of_tensors
 
 from .parity import check_against_stock, packed, twins
 
@@ -191,3 +192,37 @@ def test_list_on_another_device() -> None:
     ours = fuseblock.nn.LSTM(4, 3, device="meta")
     with pytest.raises(TypeError, match="lengths must be an int64 tensor on meta"):
         ours(torch.empty(5, 2, 4, device="meta"), lengths=[5, 2])
+
+
+def training_step(module: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
+    wanted = dict(module.lstm.named_parameters())
+    if x.requires_grad:
+        wanted["input"] = x
+    grads = torch.autograd.grad(module(x)[0].sin().sum(), list(wanted.values()))
+    return dict(zip(wanted, grads, strict=True))
+
+
+@pytest.mark.parametrize("hidden", [6, 300], ids=["fused", "composed"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_only_weights_are_trained(layers: int, hidden: int) -> None:
+    stock, ours = twins(
+        torch.nn.LSTM, input_size=3, hidden_size=hidden, num_layers=layers, dtype=torch.float64
+    )
+    x, lengths = torch.randn(5, 4, 3, dtype=torch.float64), [5, 2, 1, 3]
+    got, want = training_step(Lengths(ours, lengths), x), training_step(Padded(stock, lengths), x)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("trained", ["all", "weights"])
+@pytest.mark.parametrize("sizes", [(256, 64, 2), (16, 20, 1)], ids=["composed", "fused"])
+def test_peak_memory_of_training(sizes: tuple[int, int, int], trained: str) -> None:
+    """No more than with a PackedSequence on the stock module."""
+    hidden, features, directions = sizes
+    stock, ours = twins(torch.nn.LSTM, input_size=features, hidden_size=hidden, bidirectional=directions == 2)
+    lengths = torch.linspace(60, 2, 24).long().tolist()
+    x = torch.randn(60, 24, features, requires_grad=trained == "all")
+    peaks = []
+    for module in (Lengths(ours, lengths), Padded(stock, lengths)):
+        training_step(module, x)
+        peaks.append(peak_of_tensors(lambda module=module: training_step(module, x), cuda=False))
+    assert peaks[0] <= peaks[1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fuseblock.ops._recurrent_weight_grad import projection_weight_grad, recurrent_weight_grad
+from fuseblock.ops._recurrent_weight_grad import projection_weight_grad, recurrent_weight_grads
 
 TIME, HIDDEN, PROJ = 4, 2, 3
 
@@ -35,7 +35,7 @@ def test_padded(time: int, lengths: tuple[int, ...] | None, directions: int, wit
     delta = new(time, batch, directions * 4 * HIDDEN) * inside
     y = new(time, batch, directions * PROJ) * inside
     h0 = new(directions, batch, PROJ) if with_h0 else None
-    got = recurrent_weight_grad(
+    got = recurrent_weight_grads(
         new(directions, batch, HIDDEN), delta, y, h0, None if lengths is None else torch.tensor(of), None
     )
     for d in range(directions):
@@ -54,7 +54,7 @@ def test_packed(sizes: tuple[int, ...], directions: int, with_h0: bool) -> None:
     batch, rows = sizes[0], sum(sizes)
     delta, y = new(rows, directions * 4 * HIDDEN), new(rows, directions * PROJ)
     h0 = new(directions, batch, PROJ) if with_h0 else None
-    got = recurrent_weight_grad(new(directions, batch, HIDDEN), delta, y, h0, None, torch.tensor(sizes))
+    got = recurrent_weight_grads(new(directions, batch, HIDDEN), delta, y, h0, None, torch.tensor(sizes))
     starts = [sum(sizes[:t]) for t in range(len(sizes))]
     for d in range(directions):
         delta_d, y_d = delta.chunk(directions, -1)[d], y.chunk(directions, -1)[d]

@@ -11,15 +11,15 @@ def _outer_sum(left: Tensor, right: Tensor) -> Tensor:
     return left.reshape(-1, left.shape[-1]).t() @ right.reshape(-1, right.shape[-1])
 
 
-def recurrent_weight_grad(
+def recurrent_weight_grads(
     c0: Tensor,
     delta: Tensor,
     y: Tensor,
     h0: Tensor | None,
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
-) -> Tensor:
-    """d(w_hh) (D, 4H, P): the sum over steps of outer(delta_t, h_{t-1}).
+) -> list[Tensor]:
+    """d(w_hh) (4H, P) of every direction: the sum over steps of outer(delta_t, h_{t-1}).
 
     Args:
         c0: (D, B, H), for its shape.
@@ -32,13 +32,14 @@ def recurrent_weight_grad(
     grads = []
     columns = zip(delta.chunk(directions, -1), y.chunk(directions, -1), strict=True)
     for d, (delta_d, y_d) in enumerate(columns):
-        if batch_sizes is None:
-            later, before, first = _padded_pairs(delta_d, y_d, d == 1, lengths)
-        else:
-            later, before, first = _packed_pairs(delta_d, y_d, d == 1, batch_sizes, batch)
+        first = y_d.new_zeros(batch, y_d.shape[-1]) if h0 is None else h0[d]
+        if batch_sizes is not None:
+            grads.append(_outer_sum(delta_d, _packed_before(y_d, first, d == 1, batch_sizes)))
+            continue
+        later, before, at_first = _padded_pairs(delta_d, y_d, d == 1, lengths)
         grad = _outer_sum(later, before)
-        grads.append(grad if h0 is None else grad + _outer_sum(first, h0[d]))
-    return torch.stack(grads)
+        grads.append(grad if h0 is None else grad + _outer_sum(at_first, first))
+    return grads
 
 
 def _padded_pairs(
@@ -58,18 +59,17 @@ def _padded_pairs(
     return delta_rows[:-batch], y_rows[batch:], delta.gather(0, last)[0]
 
 
-def _packed_pairs(
-    delta: Tensor, y: Tensor, reverse: bool, batch_sizes: Tensor, batch: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = delta.shape[0]
+def _packed_before(y: Tensor, h0: Tensor, reverse: bool, batch_sizes: Tensor) -> Tensor:
+    """h_{t-1} of every packed row: h0 (B, P) at a sequence's first step."""
+    rows, batch = y.shape[0], h0.shape[0]
     # The row of the same sequence one time step earlier, for every row but those of step 0.
     step_back = batch_sizes[:-1].repeat_interleave(batch_sizes[1:], output_size=rows - batch)
     earlier = torch.arange(batch, rows) - step_back
     if not reverse:
-        return delta[batch:], y.index_select(0, earlier), delta[:batch]
+        return torch.cat([h0, y.index_select(0, earlier)])
     steps = (batch_sizes.unsqueeze(1) > torch.arange(batch)).sum(0)
     last = (batch_sizes.cumsum(0) - batch_sizes).index_select(0, steps - 1) + torch.arange(batch)
-    return delta.index_select(0, earlier), y[batch:], delta.index_select(0, last)
+    return torch.cat([y[batch:], h0]).index_select(0, torch.cat([earlier, last]).argsort())
 
 
 def hidden_before_projection(gates: Tensor, c: Tensor, directions: int) -> Tensor:

@@ -27,7 +27,7 @@ from .._library import DifferentiableOp, no_third_order, state_dtype
 from ..reference import lstm_recurrence as reference
 from . import _candidates
 from ._recurrence_vmap import fold_into_batch
-from ._recurrent_weight_grad import hidden_before_projection, projection_weight_grad, recurrent_weight_grad
+from ._recurrent_weight_grad import hidden_before_projection, projection_weight_grad, recurrent_weight_grads
 
 for _op, _reference in (
     ("lstm_recurrence", reference.lstm_recurrence_reference),
@@ -213,7 +213,7 @@ def _fwd_backward(
         )
     dw_hh = dw_hr = None
     if ctx.needs_input_grad[3]:
-        dw_hh = recurrent_weight_grad(c0, dgx, y, h0, lengths, batch_sizes)
+        dw_hh = torch.stack(recurrent_weight_grads(c0, dgx, y, h0, lengths, batch_sizes))
     if w_hr is not None and ctx.needs_input_grad[4]:
         m = hidden_before_projection(gates, c, w_hr.shape[0])
         dw_hr = projection_weight_grad(w_hr.shape[0], dh, m)
@@ -265,7 +265,7 @@ def _bwd_backward(
     a_w_hh = a_w_hr = None
     if ctx.needs_input_grad[8]:
         # dh_{t-1} takes delta_t W_hh, so W_hh's adjoint pairs delta with the adjoint of dh as dW_hh pairs it with h.
-        a_w_hh = recurrent_weight_grad(c0, dgx, adjoints[0], v_dh0, lengths, batch_sizes)
+        a_w_hh = torch.stack(recurrent_weight_grads(c0, dgx, adjoints[0], v_dh0, lengths, batch_sizes))
     if w_hr is not None and ctx.needs_input_grad[9]:
         a_w_hr = projection_weight_grad(w_hr.shape[0], dh, m_bar)
     return *of_cotangents, *adjoints[5:], a_w_hh, a_w_hr, None, None
