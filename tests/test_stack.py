@@ -68,3 +68,16 @@ def test_gradients_share_no_memory(kind: str) -> None:
         g.mul_(k + 2)
     for k, (g, old) in enumerate(zip(grads, before, strict=True)):
         assert torch.equal(g, old * (k + 2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_backward_of_a_retained_graph(kind: str) -> None:
+    """Gates are written over by the last backward pass only."""
+    _, ours, x = pair(kind)
+    loss = ours(x)[0].sin().sum()
+    first = torch.autograd.grad(loss, list(ours.parameters()), retain_graph=True)
+    second = torch.autograd.grad(loss, list(ours.parameters()))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, list(ours.parameters()))

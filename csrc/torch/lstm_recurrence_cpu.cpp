@@ -165,14 +165,10 @@ struct Gradients {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_recurrence_bwd(
-    const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const MaybeTensor& d_gates,
-    const MaybeTensor& d_c, const Tensor& gates, const Tensor& c, const Tensor& c0, const Tensor& w_hh,
-    const MaybeTensor& w_hr, const MaybeTensor& lengths, const MaybeTensor& batch_sizes) {
-  Problem p("lstm_recurrence_bwd", "gates", gates, c0, w_hh, w_hr, lengths, batch_sizes);
+// (dh0, dc0, dh); dgx is written to `dgx`.
+std::tuple<Tensor, Tensor, Tensor> backward_into(const Tensor& dgx, const Problem& p, const Gradients& in) {
   const int64_t H = p.layout.H, P = p.layout.P;
-  const Gradients in(p, dy, dh_n, dc_n, d_gates, d_c, gates, c, c0);
-  Tensor dgx = p.time_output(4 * H, p.dtype), dh0 = p.state_output(P, p.dtype), dc0 = p.state_output(H, p.state);
+  Tensor dh0 = p.state_output(P, p.dtype), dc0 = p.state_output(H, p.state);
   Tensor dh = p.projected() ? p.time_output(P, p.dtype) : empty({0}, p.dtype);
   cpu::RecurrenceBwd args = in.backward(p);
   args.dgx = p.view(dgx);
@@ -180,7 +176,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_recurrence_bwd(
   args.dh0 = dh0.mutable_data_ptr();
   args.dc_carry = dc0.mutable_data_ptr();
   cpu::lstm_recurrence_bwd(args, torch_threads());
+  return {dh0, dc0, dh};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_recurrence_bwd(
+    const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const MaybeTensor& d_gates,
+    const MaybeTensor& d_c, const Tensor& gates, const Tensor& c, const Tensor& c0, const Tensor& w_hh,
+    const MaybeTensor& w_hr, const MaybeTensor& lengths, const MaybeTensor& batch_sizes) {
+  Problem p("lstm_recurrence_bwd", "gates", gates, c0, w_hh, w_hr, lengths, batch_sizes);
+  const Gradients in(p, dy, dh_n, dc_n, d_gates, d_c, gates, c, c0);
+  Tensor dgx = p.time_output(4 * p.layout.H, p.dtype);
+  auto [dh0, dc0, dh] = backward_into(dgx, p, in);
   return {dgx, dh0, dc0, dh};
+}
+
+// The same with dgx written over gates: a unit's gates are read before its gradients are written, and by no other unit.
+std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_bwd_(
+    const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const Tensor& gates, const Tensor& c,
+    const Tensor& c0, const Tensor& w_hh, const MaybeTensor& w_hr, const MaybeTensor& lengths,
+    const MaybeTensor& batch_sizes) {
+  Problem p("lstm_recurrence_bwd_", "gates", gates, c0, w_hh, w_hr, lengths, batch_sizes);
+  STD_TORCH_CHECK(gates.is_contiguous(), p.op, ": gates must be contiguous");
+  const Gradients in(p, dy, dh_n, dc_n, std::nullopt, std::nullopt, gates, c, c0);
+  return backward_into(gates, p, in);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence_bwd_bwd(
@@ -216,6 +234,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 STABLE_TORCH_LIBRARY_IMPL(fuseblock_cpu, CPU, m) {
   m.impl("lstm_recurrence", TORCH_BOX(&lstm_recurrence));
   m.impl("lstm_recurrence_bwd", TORCH_BOX(&lstm_recurrence_bwd));
+  m.impl("lstm_recurrence_bwd_", TORCH_BOX(&lstm_recurrence_bwd_));
   m.impl("lstm_recurrence_bwd_bwd", TORCH_BOX(&lstm_recurrence_bwd_bwd));
 }
 

@@ -16,6 +16,9 @@ STABLE_TORCH_LIBRARY(fuseblock_cpu, m) {
       " Tensor c, Tensor c0, Tensor w_hh, Tensor? w_hr, Tensor? lengths, Tensor? batch_sizes)"
       " -> (Tensor dgx, Tensor dh0, Tensor dc0, Tensor dh)");
   m.def(
+      "lstm_recurrence_bwd_(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor(a!) gates, Tensor c, Tensor c0, Tensor w_hh,"
+      " Tensor? w_hr, Tensor? lengths, Tensor? batch_sizes) -> (Tensor dh0, Tensor dc0, Tensor dh)");
+  m.def(
       "lstm_recurrence_bwd_bwd(Tensor? v_dgx, Tensor? v_dh0, Tensor? v_dc0, Tensor? v_dh, Tensor? dy, Tensor? dh_n,"
       " Tensor? dc_n, Tensor? d_gates, Tensor? d_c, Tensor gates, Tensor c, Tensor c0, Tensor w_hh, Tensor? w_hr,"
       " Tensor? lengths, Tensor? batch_sizes, Tensor dgx)"

@@ -118,7 +118,11 @@ class _Stack(torch.autograd.Function):
                 # `is_grads_batched`: PyTorch loops over an op by itself, but not over one that returns a list.
                 batched = any(g is not None and _is_batched(g) for g in grads)
                 fused = [False] * len(ctx.fused) if batched else ctx.fused
-                found = _first_order(ctx.directions, ctx.packing, fused, tensors, ragged, kept, needed, grads)
+                # A trace of gates that nobody will read again is free to be written over.
+                freed = not (batched or torch._C._autograd._get_current_graph_task_keep_graph())
+                found = _first_order(
+                    ctx.directions, ctx.packing, fused, freed, tensors, ragged, kept, needed, grads
+                )
         return None, None, None, None, *found
 
 
@@ -136,6 +140,7 @@ def _first_order(
     directions: int,
     packing: Packing | None,
     fused: Sequence[bool],
+    freed: bool,
     tensors: Sequence[Tensor | None],
     ragged: Sequence[Tensor | None],
     kept: Sequence[Tensor],
@@ -186,15 +191,12 @@ def _first_order(
                 # A gradient of its own for each bias: users scale gradients in place.
                 found[at : at + 4] = dw_ih, dw_hh, *((None, None) if own[d][2] is None else (db, db.clone()))
             continue
-        dgx, dh, dc, total = dispatch.run(
-            "lstm_recurrence_bwd",
-            (dy, dh, dc, None, None, gates, cells, c, *recurrent_weights(own), *ragged),
-        )
+        dgx, dh, dc, total = _recurrence_bwd((dy, dh, dc), gates, cells, c, own, ragged, freed)
         dy = None  # released, like the recurrence's gradients below: memory is at its peak here
         wants = [any(of_layer[k::PER_LAYER]) for k in range(PER_LAYER)]
         reads = partial(read, layer), partial(read, layer + 1)
         dy, parts = _through_gemms(dgx, total, gates, cells, h, c, own, ragged, reads, wants, need_dx)
-        dgx = None
+        del dgx
         dh0.append(dh)
         dc0.append(dc)
         for d in range(directions):
@@ -209,6 +211,28 @@ def _first_order(
     found[1] = join_rows(dh0[::-1]) if needed[1] else None
     found[2] = join_rows(dc0[::-1]).to(c0.dtype) if needed[2] else None
     return found
+
+
+def _recurrence_bwd(
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    gates: Tensor,
+    cells: Tensor,
+    c0: Tensor,
+    own: Sequence[LayerWeights],
+    ragged: Sequence[Tensor | None],
+    freed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dgx, dh0, dc0, dh) of one layer's recurrence; dgx takes the place of ``gates`` where they are freed."""
+    w_hh, w_hr = recurrent_weights(own)
+    args = (*grads, None, None, gates, cells, c0, w_hh, w_hr, *ragged)
+    chosen = dispatch.choose("lstm_recurrence_bwd", args)
+    if (
+        freed and chosen.name == "cpu" and w_hr is None and gates.is_contiguous()
+    ):  # w_hr's gradient reads gates
+        over_gates = torch.ops.fuseblock_cpu.lstm_recurrence_bwd_.default
+        return gates, *over_gates(*grads, gates, cells, c0, w_hh, w_hr, *ragged)
+    assert chosen.run is not None
+    return chosen.run(*args)  # type: ignore[no-any-return]
 
 
 def _through_gemms(

@@ -219,8 +219,8 @@ def test_peak_memory_of_training(sizes: tuple[int, int, int], trained: str) -> N
     """No more than with a PackedSequence on the stock module."""
     hidden, features, directions = sizes
     stock, ours = twins(torch.nn.LSTM, input_size=features, hidden_size=hidden, bidirectional=directions == 2)
-    lengths = torch.linspace(60, 2, 24).long().tolist()
-    x = torch.randn(60, 24, features, requires_grad=trained == "all")
+    lengths = torch.linspace(60, 2, 64).long().tolist()
+    x = torch.randn(60, 64, features, requires_grad=trained == "all")
     peaks = []
     for module in (Lengths(ours, lengths), Padded(stock, lengths)):
         training_step(module, x)
