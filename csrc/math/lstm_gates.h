@@ -67,22 +67,23 @@ FB_HD GatesBwdBwd<V> lstm_step_bwd_bwd(const Gates<V>& s, V c_prev, V tanh_c, V 
   const V dg = dc_total * s.i + ext.g;
   const V d_o = dm * tanh_c + ext.o;
   const V sech2 = one - tanh_c * tanh_c;
+  const V dm_sech2 = dm * sech2, v_o = v.o * (one - s.o);
 
   r.a_ext.i = v.i * s.i * (one - s.i);
   r.a_ext.f = v.f * s.f * (one - s.f);
   r.a_ext.g = v.g * (one - s.g * s.g);
-  r.a_ext.o = v.o * s.o * (one - s.o);
+  r.a_ext.o = v_o * s.o;
 
   r.a_dc = v_dc_prev * s.f + r.a_ext.i * s.g + r.a_ext.f * c_prev + r.a_ext.g * s.i;
-  r.a_dm = r.a_dc * s.o * sech2 + r.a_ext.o * tanh_c;
+  r.a_dm = (r.a_dc * sech2 + v_o * tanh_c) * s.o;
 
   r.a_s.i = v.i * di * (one - two * s.i) + r.a_ext.g * dc_total;
   r.a_s.f = v.f * df * (one - two * s.f) + v_dc_prev * dc_total;
   r.a_s.g = v.g * dg * (V(0) - two * s.g) + r.a_ext.i * dc_total;
-  r.a_s.o = v.o * d_o * (one - two * s.o) + r.a_dc * dm * sech2;
+  r.a_s.o = v.o * d_o * (one - two * s.o) + r.a_dc * dm_sech2;
 
   r.a_c_prev = r.a_ext.f * dc_total;
-  r.a_c_new = (r.a_ext.o * dm - two * r.a_dc * dm * s.o * tanh_c) * sech2;
+  r.a_c_new = (v_o - two * (r.a_dc * tanh_c)) * (dm_sech2 * s.o);  // o taken out: the difference cancels
   return r;
 }
 
