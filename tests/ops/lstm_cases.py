@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,19 @@ from . import plain_lstm
 #: Largest error over the allowed one so far, and the test that met it, by dtype; printed when the tests end.
 WORST: dict[str, tuple[float, str]] = {}
 
+#: Fewer values than this are no measure of an error: one may be near zero by cancellation, or exact by luck.
+FEW_VALUES = 16
+
+#: What an op returned in one call, what it should have, and what stock PyTorch did.
+Draw = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
+
 
 @dataclass(frozen=True)
 class LstmCase:
-    """T steps, B rows, H units, D directions, P projected units (None: no projection), lengths (None: full)."""
+    """T steps, B rows, H units, D directions, P projected units (None: no projection), lengths (None: full).
+
+    Cases that differ in `draw` alone have other random numbers.
+    """
 
     n_steps: int
     batch: int
@@ -28,6 +37,7 @@ class LstmCase:
     directions: int
     proj: int | None
     lengths: tuple[int, ...] | None
+    draw: int = 0
 
     def __str__(self) -> str:
         ragged = "" if self.lengths is None else "-len" + "_".join(map(str, self.lengths))
@@ -40,10 +50,10 @@ class LstmCase:
         """(gx, h0, c0, w_hh, w_hr, lengths), the same values in every call but for rounding."""
         d, p = self.directions, self.proj or self.hidden
         scale = self.hidden**-0.5
-        gx = _normal(0, self.n_steps, self.batch, d * 4 * self.hidden)
-        h0, c0 = _normal(1, d, self.batch, p).tanh(), _normal(2, d, self.batch, self.hidden)
-        w_hh = _normal(3, d, 4 * self.hidden, p) * scale
-        w_hr = None if self.proj is None else (_normal(4, d, p, self.hidden) * scale).to(dtype)
+        gx = self.normal(0, self.n_steps, self.batch, d * 4 * self.hidden)
+        h0, c0 = self.normal(1, d, self.batch, p).tanh(), self.normal(2, d, self.batch, self.hidden)
+        w_hh = self.normal(3, d, 4 * self.hidden, p) * scale
+        w_hr = None if self.proj is None else (self.normal(4, d, p, self.hidden) * scale).to(dtype)
         lengths = None if self.lengths is None else torch.tensor(self.lengths)
         return gx.to(dtype), h0.to(dtype), c0.to(state_dtype(dtype)), w_hh.to(dtype), w_hr, lengths
 
@@ -52,13 +62,19 @@ class LstmCase:
         """Additions behind one value, generously: every step's GEMM and its elementwise terms."""
         return self.n_steps * (4 * self.hidden + 32)
 
+    @property
+    def draws(self) -> list[LstmCase]:
+        """The case with as many sets of random numbers as it takes to have a few values of every output."""
+        count = max(1, FEW_VALUES // (self.directions * self.batch * self.hidden))
+        return [replace(self, draw=k) for k in range(count)]
+
+    def normal(self, seed: int, *shape: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed + 1000 * self.draw)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def _normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @contextmanager
@@ -90,8 +106,7 @@ def error_ratio(got: Tensor, want: Tensor, stock_error: float, longest_sum: int)
     """The largest error over the allowed one: 1 is the limit.
 
     Allowed are twice stock PyTorch's error in the same dtype and one unit in the last place of the largest value; in
-    float64, where `want` is itself rounded, `longest_sum` such units. Stock's is its worst over the outputs of a call:
-    in a tensor of one element an error may be anything down to zero by luck.
+    float64, where `want` is itself rounded, `longest_sum` such units. Stock's is its worst over the outputs of a call.
     """
     eps = torch.finfo(got.dtype).eps
     allowed = longest_sum * eps if got.dtype == torch.float64 else 2 * stock_error + eps
@@ -104,23 +119,23 @@ def error_ratio(got: Tensor, want: Tensor, stock_error: float, longest_sum: int)
 
 
 def assert_outputs(
-    names: str,
-    got: Sequence[Tensor],
-    want: Sequence[Tensor],
-    stock: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype],
-    longest_sum: int,
+    names: str, draws: Sequence[Draw], dtypes: Sequence[torch.dtype], longest_sum: int
 ) -> float:
-    """Check values, dtypes, shapes, contiguity and freshness of an op's outputs; returns the worst error ratio."""
-    worst = 0.0
-    assert len(got) == len(want) == len(stock) == len(dtypes)
-    used = [g.untyped_storage().data_ptr() for g in got if g.numel()]
-    assert len(set(used)) == len(used), "outputs share memory"
+    """Check values, dtypes, shapes, contiguity and freshness of an op's outputs; returns the worst error ratio.
+
+    The values of several draws count as those of one.
+    """
+    for got, want, _ in draws:
+        used = [g.untyped_storage().data_ptr() for g in got if g.numel()]
+        assert len(set(used)) == len(used), "outputs share memory"
+        for name, g, w, dtype in zip(names.split(), got, want, dtypes, strict=True):
+            assert g.dtype == dtype, f"{name}: {g.dtype}"
+            assert g.shape == w.shape, f"{name}: {tuple(g.shape)}, expected {tuple(w.shape)}"
+            assert g.is_contiguous(), f"{name} is not contiguous"
+    got, want, stock = (list(map(torch.stack, zip(*each, strict=True))) for each in zip(*draws, strict=True))
     stock_error = max(relative_error(s, w) for s, w in zip(stock, want, strict=True))
-    for name, g, w, dtype in zip(names.split(), got, want, dtypes, strict=True):
-        assert g.dtype == dtype, f"{name}: {g.dtype}"
-        assert g.shape == w.shape, f"{name}: {tuple(g.shape)}, expected {tuple(w.shape)}"
-        assert g.is_contiguous(), f"{name} is not contiguous"
+    worst = 0.0
+    for name, g, w in zip(names.split(), got, want, strict=True):
         ratio = error_ratio(g, w, stock_error, longest_sum)
         assert ratio <= 1, f"{name}: error is {ratio:.3g} times the allowed one\n{g}\n{w.to(g.dtype)}"
         worst = max(worst, ratio)
@@ -133,18 +148,22 @@ def _cast(values: Sequence[Tensor | None], dtype: torch.dtype) -> list[Any]:
 
 def check_forward(ops: Any, case: LstmCase, dtype: torch.dtype) -> float:
     """Check ops.lstm_recurrence with and without saved state."""
-    *tensors, lengths = case.inputs(dtype)
-    want = plain_lstm.forward(*_cast(tensors, torch.float64), lengths)
-    stock = plain_lstm.forward(*_cast(tensors, dtype), lengths)
+
+    def run(draw: LstmCase) -> tuple[Draw, Draw]:
+        *tensors, lengths = draw.inputs(dtype)
+        want = plain_lstm.forward(*_cast(tensors, torch.float64), lengths)
+        stock = plain_lstm.forward(*_cast(tensors, dtype), lengths)
+        with poisoned_outputs():
+            got = ops.lstm_recurrence(*tensors, lengths, None, True)
+            short = ops.lstm_recurrence(*tensors, lengths, None, False)
+        assert [tuple(s.shape) for s in short[3:]] == [(0,), (0,)]
+        return (got, want, stock), (short[:3], want[:3], stock[:3])
+
     state = state_dtype(dtype)
     dtypes = (dtype, dtype, state, dtype, state)
-    with poisoned_outputs():
-        got = ops.lstm_recurrence(*tensors, lengths, None, True)
-        short = ops.lstm_recurrence(*tensors, lengths, None, False)
-    worst = assert_outputs("y h_n c_n gates c", got, want, stock, dtypes, case.longest_sum)
-    assert [tuple(s.shape) for s in short[3:]] == [(0,), (0,)]
-    assert_outputs("y h_n c_n", short[:3], want[:3], stock[:3], dtypes[:3], case.longest_sum)
-    return worst
+    full, short = zip(*(run(draw) for draw in case.draws), strict=True)
+    assert_outputs("y h_n c_n", short, dtypes[:3], case.longest_sum)
+    return assert_outputs("y h_n c_n gates c", full, dtypes, case.longest_sum)
 
 
 def _backward_inputs(case: LstmCase, dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
@@ -154,7 +173,7 @@ def _backward_inputs(case: LstmCase, dtype: torch.dtype) -> tuple[list[Any], lis
     state = state_dtype(dtype)
     dtypes = (dtype, dtype, state, dtype, state)
     cotangents = [
-        _normal(10 + n, *v.shape).to(d) for n, (v, d) in enumerate(zip(values, dtypes, strict=True))
+        case.normal(10 + n, *v.shape).to(d) for n, (v, d) in enumerate(zip(values, dtypes, strict=True))
     ]
     return cotangents, [values[3].to(dtype), values[4].to(state), c0, w_hh, w_hr, lengths]
 
@@ -170,16 +189,19 @@ def check_backward(
     ops: Any, case: LstmCase, dtype: torch.dtype, given: tuple[int, ...] | None = None
 ) -> float:
     """Check ops.lstm_recurrence_bwd; only the cotangents whose place is in `given` are there."""
-    cotangents, saved = _backward_inputs(case, dtype)
-    zeros = _only(cotangents, given, none=False)
-    want = plain_lstm.backward(*_cast([*zeros, *saved], torch.float64))
-    stock = plain_lstm.backward(*_cast([*zeros, *saved], dtype))
-    if case.proj is None:
-        want, stock = (*want[:3], torch.empty(0)), (*stock[:3], torch.empty(0))
-    with poisoned_outputs():
-        got = ops.lstm_recurrence_bwd(*_only(cotangents, given, none=True), *saved, None)
+
+    def run(draw: LstmCase) -> Draw:
+        cotangents, saved = _backward_inputs(draw, dtype)
+        zeros = _only(cotangents, given, none=False)
+        want = plain_lstm.backward(*_cast([*zeros, *saved], torch.float64))
+        stock = plain_lstm.backward(*_cast([*zeros, *saved], dtype))
+        if case.proj is None:
+            want, stock = (*want[:3], torch.empty(0)), (*stock[:3], torch.empty(0))
+        with poisoned_outputs():
+            return ops.lstm_recurrence_bwd(*_only(cotangents, given, none=True), *saved, None), want, stock
+
     dtypes = (dtype, dtype, state_dtype(dtype), dtype)
-    return assert_outputs("dgx dh0 dc0 dh", got, want, stock, dtypes, case.longest_sum)
+    return assert_outputs("dgx dh0 dc0 dh", [run(draw) for draw in case.draws], dtypes, case.longest_sum)
 
 
 def check_second_order(
@@ -190,47 +212,52 @@ def check_second_order(
     d_given: tuple[int, ...] | None = None,
 ) -> float:
     """Check ops.lstm_recurrence_bwd_bwd against autograd of the plain backward."""
-    cotangents, saved = _backward_inputs(case, dtype)
-    zeros = _only(cotangents, d_given, none=False)
-    first = plain_lstm.backward(*_cast([*zeros, *saved], torch.float64))
-    kinds = (dtype, dtype, state_dtype(dtype), dtype)
-    v = [_normal(20 + n, *f.shape).to(d) for n, (f, d) in enumerate(zip(first, kinds, strict=True))]
-    if case.proj is None:
-        v[3] = torch.zeros_like(v[3])
 
-    def adjoints(precision: torch.dtype) -> list[Tensor]:
-        inputs = [
-            x.detach().clone() if isinstance(x, Tensor) else x for x in _cast([*zeros, *saved], precision)
-        ]
-        for x in inputs:
-            if isinstance(x, Tensor) and x.is_floating_point():
-                x.requires_grad_()
-        outputs = plain_lstm.backward(*inputs)
-        wanted = [*inputs[:8], *([] if inputs[9] is None else [inputs[9]])]
-        grads = torch.autograd.grad(
-            outputs, wanted, _cast(_only(v, v_given, none=False), precision), allow_unused=True
-        )
-        return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, wanted, strict=True)]
+    def run(draw: LstmCase) -> Draw:
+        cotangents, saved = _backward_inputs(draw, dtype)
+        zeros = _only(cotangents, d_given, none=False)
+        first = plain_lstm.backward(*_cast([*zeros, *saved], torch.float64))
+        kinds = (dtype, dtype, state_dtype(dtype), dtype)
+        v = [draw.normal(20 + n, *f.shape).to(d) for n, (f, d) in enumerate(zip(first, kinds, strict=True))]
+        if case.proj is None:
+            v[3] = torch.zeros_like(v[3])
 
-    want, stock = adjoints(torch.float64), adjoints(dtype)
-    v_args = _only([*v[:3], v[3] if case.proj is not None else None], v_given, none=True)
-    dgx = first[0].to(dtype)
-    with poisoned_outputs():
-        *got, m_bar = ops.lstm_recurrence_bwd_bwd(
-            *v_args, *_only(cotangents, d_given, none=True), *saved, None, dgx
-        )
+        def adjoints(precision: torch.dtype) -> list[Tensor]:
+            inputs = [
+                x.detach().clone() if isinstance(x, Tensor) else x for x in _cast([*zeros, *saved], precision)
+            ]
+            for x in inputs:
+                if isinstance(x, Tensor) and x.is_floating_point():
+                    x.requires_grad_()
+            outputs = plain_lstm.backward(*inputs)
+            wanted = [*inputs[:8], *([] if inputs[9] is None else [inputs[9]])]
+            grads = torch.autograd.grad(
+                outputs, wanted, _cast(_only(v, v_given, none=False), precision), allow_unused=True
+            )
+            return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, wanted, strict=True)]
+
+        want, stock = adjoints(torch.float64), adjoints(dtype)
+        v_args = _only([*v[:3], v[3] if case.proj is not None else None], v_given, none=True)
+        dgx = first[0].to(dtype)
+        with poisoned_outputs():
+            *got, m_bar = ops.lstm_recurrence_bwd_bwd(
+                *v_args, *_only(cotangents, d_given, none=True), *saved, None, dgx
+            )
+        if case.proj is None:
+            assert tuple(m_bar.shape) == (0,)
+        else:
+            # m_bar shows in the adjoint of the projection alone, which the caller forms from it.
+            d, p, h = case.directions, case.proj, case.hidden
+            dh = first[3].reshape(case.n_steps, case.batch, d, p)
+            assert m_bar.dtype == dtype
+            m = m_bar.double().reshape(case.n_steps, case.batch, d, h)
+            got.append(torch.einsum("tbdp,tbdh->dph", dh, m).to(dtype))
+        return got, want, stock
+
     state = state_dtype(dtype)
     dtypes = [dtype, dtype, state, dtype, state, dtype, state, state]
     names = "a_dy a_dh_n a_dc_n a_d_gates a_d_c a_gates a_c a_c0"
-    if case.proj is None:
-        assert tuple(m_bar.shape) == (0,)
-    else:
-        # m_bar shows in the adjoint of the projection alone, which the caller forms from it.
-        d, p, h = case.directions, case.proj, case.hidden
-        dh = first[3].reshape(case.n_steps, case.batch, d, p)
-        assert m_bar.dtype == dtype
-        m = m_bar.double().reshape(case.n_steps, case.batch, d, h)
-        got.append(torch.einsum("tbdp,tbdh->dph", dh, m).to(dtype))
+    if case.proj is not None:
         dtypes.append(dtype)
         names += " a_w_hr"
-    return assert_outputs(names, got, want, stock, dtypes, case.longest_sum)
+    return assert_outputs(names, [run(draw) for draw in case.draws], dtypes, case.longest_sum)

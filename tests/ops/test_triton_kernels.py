@@ -276,7 +276,7 @@ def test_lstm_gates(dtype: torch.dtype, shape: tuple[int, ...], scale: float) ->
             ]
         names = "h c_new dgates dc a_dh a_dc_new a_gates a_c"
         dtypes = (dtype, c_dtype) * 4
-        assert_outputs(names, _to("cpu", got), want, stock, dtypes, longest_sum=32)
+        assert_outputs(names, [(_to("cpu", got), want, stock)], dtypes, longest_sum=32)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -292,16 +292,16 @@ def test_lstm_gates_layouts_and_missing_cotangents() -> None:
     want = _gates_expected(values, torch.float64)
     for variant in (strided, sliced, columns):
         got = triton_lstm_gates.lstm_gates_bwd_bwd(*_to(DEVICE, variant))
-        assert_outputs("a_dh a_dc a_gates a_c", _to("cpu", got), want[4:], want[4:], [torch.float64] * 4, 32)
+        draw = _to("cpu", got), want[4:], want[4:]
+        assert_outputs("a_dh a_dc a_gates a_c", [draw], [torch.float64] * 4, 32)
 
     for given in range(4):
         zeros = [v if n == given or n > 3 else torch.zeros_like(v) for n, v in enumerate(values)]
         some = [v if n == given or n > 3 else None for n, v in enumerate(_to(DEVICE, values))]
         want = _gates_expected(zeros, torch.float64)
         got = [*triton_lstm_gates.lstm_gates_bwd(*some[2:]), *triton_lstm_gates.lstm_gates_bwd_bwd(*some)]
-        assert_outputs(
-            "dgates dc a_dh a_dc a_gates a_c", _to("cpu", got), want[2:], want[2:], [torch.float64] * 6, 32
-        )
+        draw = _to("cpu", got), want[2:], want[2:]
+        assert_outputs("dgates dc a_dh a_dc a_gates a_c", [draw], [torch.float64] * 6, 32)
 
 
 def test_lstm_gates_of_nothing() -> None:
