@@ -165,22 +165,26 @@ def test_kernels_is_no_top_level_package() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hidden", "batch", "training", "engine"),
+    ("hidden", "batch", "wants", "engine"),
     [
-        (20, 4096, False, "ours"),
-        (256, 8, False, "ours"),
-        (640, 32, False, "aten"),
-        (256, 1024, True, "ours"),
-        (256, 1024, False, "aten"),
-        (256, 4096, True, "aten"),
+        (20, 4096, None, "ours"),
+        (256, 8, None, "ours"),
+        (640, 32, None, "aten"),
+        (256, 1024, "weight", "ours"),
+        (256, 1024, "h0", "ours"),
+        (256, 1024, "c0", "ours"),
+        (256, 1024, None, "aten"),
+        (256, 4096, "weight", "aten"),
     ],
 )
-def test_engine_on_a_cpu_follows_the_sizes(hidden: int, batch: int, training: bool, engine: str) -> None:
+def test_engine_on_a_cpu_follows_the_sizes(hidden: int, batch: int, wants: str | None, engine: str) -> None:
     """PyTorch's layer where ours would store a large input projection that nothing needs afterwards."""
     if _ext.why_not is not None:
         pytest.skip(_ext.why_not)
     x = torch.empty(1).expand(32, batch, 64)
-    weight = (torch.empty(4 * hidden, 64), torch.empty(4 * hidden, hidden), None, None, None)
-    if training:
-        weight[0].requires_grad_()
-    assert fuseblock.explain("lstm", x, None, None, [weight]).chosen == engine
+    weight = torch.empty(4 * hidden, 64)
+    h0, c0 = (torch.empty(1, batch, hidden) for _ in range(2))
+    if wants is not None:
+        {"weight": weight, "h0": h0, "c0": c0}[wants].requires_grad_()
+    weights = [(weight, torch.empty(4 * hidden, hidden), None, None, None)]
+    assert fuseblock.explain("lstm", x, h0, c0, weights).chosen == engine

@@ -39,6 +39,8 @@ def why_not_aten(input: Tensor, lengths: Tensor | None, batch_sizes: Tensor | No
 
 def choose_engine(
     input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
     weights: Sequence[LayerWeights],
     directions: int,
     lengths: Tensor | None,
@@ -61,10 +63,12 @@ def choose_engine(
         return "ours", f"aten cannot: {reason}"
     if input.device.type == "cuda":
         return "aten", "PyTorch's own layer (cuDNN) unless something beyond it is asked"
-    return _choose_on_cpu(input, weights, directions)
+    return _choose_on_cpu(input, h0, c0, weights, directions)
 
 
-def _choose_on_cpu(input: Tensor, weights: Sequence[LayerWeights], directions: int) -> tuple[str, str]:
+def _choose_on_cpu(
+    input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[LayerWeights], directions: int
+) -> tuple[str, str]:
     """Ours, but for inference where nearly all of the time is in large GEMMs, or much memory would be written for them.
 
     Training is ours up to much larger sizes: the saved gates are written anyway, and the backward pass gains.
@@ -72,7 +76,7 @@ def _choose_on_cpu(input: Tensor, weights: Sequence[LayerWeights], directions: i
     hidden, batch = weights[0][1].shape[0] // 4, input.shape[1]
     projection = input.shape[0] * batch * directions * 4 * hidden * input.element_size()
     large = hidden >= _LARGE_HIDDEN and batch >= _FULL_BATCH
-    if wants_gradient([input, *(x for w in weights for x in w)]):
+    if wants_gradient([input, h0, c0, *(x for w in weights for x in w)]):
         if large and projection > _HUGE_BYTES:
             return "aten", f"training with saved gates of {projection >> 20} MiB is bound by memory and GEMMs"
         if large and weights[0][4] is not None:

@@ -69,7 +69,6 @@ def _explain_layer(
     batch_sizes: Any = None,
     **_: Any,
 ) -> Explanation:
-    del h0, c0
-    engine, reason = choose_engine(input, weights, 2 if bidirectional else 1, lengths, batch_sizes)
+    engine, reason = choose_engine(input, h0, c0, weights, 2 if bidirectional else 1, lengths, batch_sizes)
     other = "aten" if engine == "ours" else "ours"
     return Explanation("lstm", engine, ((engine, f"chosen: {reason}"), (other, "not chosen")))

@@ -167,7 +167,7 @@ def lstm(
     if lengths is not None and batch_sizes is not None:
         raise ValueError("lstm: expected lengths or batch_sizes, got both")
     dropout = dropout if training and len(weights) > directions else 0.0
-    engine, _ = choose_engine(input, weights, directions, lengths, batch_sizes)
+    engine, _ = choose_engine(input, h0, c0, weights, directions, lengths, batch_sizes)
     if engine == "aten":
         ours = partial(_ours, directions=directions)
         h0, c0 = _states(input, h0, c0, weights, input.shape[1])
