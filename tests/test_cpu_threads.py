@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.timeout(150),
 ]
 
-# `wide` splits its units over threads that meet at a barrier in every step; `tall` splits its rows.
+# `wide`, `both` and `narrowed` split their units over threads that meet at a barrier in every step; `tall` splits its rows.
 _PRELUDE = """
 import os, threading
 import torch
@@ -27,23 +27,31 @@ import fuseblock
 op = torch.ops.fuseblock_cpu
 
 
-def problem(time, batch, hidden, directions=1):
+def problem(time, batch, hidden, directions=1, proj=None):
     gen = torch.Generator().manual_seed(batch)
     randn = lambda *shape: torch.randn(shape, generator=gen)
-    state = randn(directions, batch, hidden)
+    c0 = randn(directions, batch, hidden)
+    h0 = c0[..., :proj].contiguous()
     gx = randn(time, batch, directions * 4 * hidden)
-    w_hh = randn(directions, 4 * hidden, hidden) / hidden**0.5
-    lengths = torch.randint(0, time + 1, (batch,), generator=gen)
+    w_hh = randn(directions, 4 * hidden, proj or hidden) / hidden**0.5
+    w_hr = None if proj is None else randn(directions, proj, hidden) / hidden**0.5
+    lengths = torch.randint(0, time, (batch,), generator=gen)
+    weights = w_hh, w_hr, lengths, None
 
     def run():
-        y, h_n, c_n, gates, c = op.lstm_recurrence(gx, state, state, w_hh, None, lengths, None, True)
-        grads = op.lstm_recurrence_bwd(y, h_n, c_n, None, c, gates, c, state, w_hh, None, lengths, None)
-        return y, h_n, c_n, gates, c, *grads[:3]
+        y, h_n, c_n, gates, c = op.lstm_recurrence(gx, h0, c0, *weights, True)
+        given = y, h_n, c_n, None, c, gates, c, c0, *weights
+        grads = op.lstm_recurrence_bwd(*given)
+        v_dh = None if proj is None else grads[3]
+        second = op.lstm_recurrence_bwd_bwd(*grads[:3], v_dh, *given, grads[0])
+        return [t for t in (y, h_n, c_n, gates, c, *grads, *second) if t.numel()]
 
     return run
 
 
 wide, tall, both = problem(12, 2, 400), problem(40, 50, 64), problem(12, 3, 300, directions=2)
+narrowed = problem(12, 3, 300, proj=200)
+problems = wide, tall, both, narrowed
 
 
 def close(got, expected):
@@ -57,7 +65,7 @@ def tasks():
 
 torch.set_num_threads(1)
 before = tasks()
-expected = [run() for run in (wide, tall, both)]
+expected = [run() for run in problems]
 """
 
 
@@ -81,7 +89,7 @@ def test_any_number_of_threads_gives_the_same_result(threads: int) -> None:
         f"""
         torch.set_num_threads({threads})
         for _ in range(3):
-            for run, value in zip((wide, tall, both), expected):
+            for run, value in zip(problems, expected):
                 close(run(), value)
         """
     )
@@ -92,7 +100,7 @@ def test_number_of_threads_can_change_between_calls() -> None:
         """
         for threads in (1, 4, 2, 1, 3):
             torch.set_num_threads(threads)
-            for run, value in zip((wide, tall, both), expected):
+            for run, value in zip(problems, expected):
                 close(run(), value)
         """
     )
@@ -107,7 +115,7 @@ def test_concurrent_callers() -> None:
         def caller(index):
             try:
                 for _ in range(3):
-                    for run, value in zip((wide, tall, both), expected):
+                    for run, value in zip(problems, expected):
                         close(run(), value)
             except BaseException as error:
                 failures.append(error)
@@ -128,16 +136,16 @@ def test_forked_child_does_not_wait_for_the_pool_of_its_parent() -> None:
         """
         import signal
         torch.set_num_threads(2)
-        values = [run() for run in (wide, tall, both)]  # the pool exists now
+        values = [run() for run in problems]  # the pool exists now
         child = os.fork()
         if child == 0:
             signal.alarm(60)
-            results = [run() for run in (wide, tall, both)]
+            results = [run() for run in problems]
             torch.set_num_threads(1)  # the comparison is PyTorch's, which would wait
             same = all(torch.allclose(g, e, atol=1e-4) for r, v in zip(results, values) for g, e in zip(r, v))
             os._exit(0 if same else 1)
         assert os.waitpid(child, 0)[1] == 0
-        for run, value in zip((wide, tall, both), values):  # the parent's pool is as it was
+        for run, value in zip(problems, values):  # the parent's pool is as it was
             close(run(), value)
         """
     )
@@ -150,7 +158,7 @@ def test_one_cpu_for_many_threads() -> None:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         torch.set_num_threads(4)
-        for run, value in zip((wide, tall, both), expected):
+        for run, value in zip(problems, expected):
             close(run(), value)
         """
     )
@@ -169,7 +177,7 @@ def test_inside_a_parallel_backward() -> None:
 
             @staticmethod
             def backward(ctx, grad):
-                for run, value in zip((wide, tall, both), expected):
+                for run, value in zip(problems, expected):
                     close(run(), value)
                 return grad
 
