@@ -19,7 +19,13 @@ from . import _ext, dispatch
 from ._library import state_dtype
 from ._recompute import LayerWeights
 
-_PRESENT = _ext.has("fuseblock_cpu", "lstm_layer")
+#: None when the op is there, else the reason why it is not.
+why_absent = (
+    None
+    if _ext.has("fuseblock_cpu", "lstm_layer")
+    else _ext.why_not or "the compiled library has no CPU kernels"
+)
+
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 #: Weights of a layer up to which its rows are not worth sharing out. The op splits rows only, where there are few of them
@@ -38,27 +44,55 @@ def fused_layers(
     batch_sizes: Tensor | None,
 ) -> list[bool]:
     """Which layers of a stack the op takes; arguments as in `functional.lstm`."""
+    return [reason is None for reason in why_not_fused(input, weights, directions, lengths, batch_sizes)]
+
+
+def why_not_fused(
+    input: Tensor,
+    weights: Sequence[LayerWeights],
+    directions: int,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> list[str | None]:
+    """Per layer of a stack the reason why the op does not take it, or None; arguments as in `functional.lstm`."""
     layers = weights[::directions]
-    if (
-        not _PRESENT
-        or input.device.type != "cpu"
-        or input.dtype not in _DTYPES
-        or lengths is not None
-        or dispatch.forced() not in ("auto", "aten", "cpu")  # a forced `aten` concerns whole stacks only
-        or input.dim() != (3 if batch_sizes is None else 2)
-        or input.numel() <= _FEW_ROWS * input.shape[-1]
-    ):
-        return [False] * len(layers)
-    fits = torch.ops.fuseblock_cpu.lstm_layer_fits
+    reason = _why_not_input(input, lengths, batch_sizes)
+    if reason is not None:
+        return [reason] * len(layers)
     batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
     few_rows = batch * directions < torch.get_num_threads()
-    return [
-        w_hr is None
-        and (b_ih is None) == (b_hh is None)
-        and fits(w_ih.shape[1], w_hh.shape[1])
-        and not (few_rows and w_ih.numel() + w_hh.numel() > _ONE_THREAD_WEIGHTS)
-        for w_ih, w_hh, b_ih, b_hh, w_hr in layers
-    ]
+    return [_why_not_weights(w, few_rows) for w in layers]
+
+
+def _why_not_input(input: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None) -> str | None:
+    if why_absent is not None:
+        return why_absent
+    if input.device.type != "cpu":
+        return f"tensors are on {input.device}"
+    if input.dtype not in _DTYPES:
+        return f"dtype {input.dtype} is not one of float64, float32, float16, bfloat16"
+    if lengths is not None:
+        return "the batch is not packed: no row ends early, or one is empty"
+    if dispatch.forced() not in ("auto", "aten", "cpu"):  # a forced `aten` concerns whole stacks only
+        return f"backend {dispatch.forced()!r} is forced"
+    if input.dim() != (3 if batch_sizes is None else 2):
+        return f"the input has {input.dim()} dimensions"
+    if input.numel() <= _FEW_ROWS * input.shape[-1]:
+        return f"packing the weights is not worth it for {_FEW_ROWS} rows of all steps or fewer"
+    return None
+
+
+def _why_not_weights(weights: LayerWeights, few_rows: bool) -> str | None:
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    if w_hr is not None:
+        return "it has no projection"
+    if (b_ih is None) != (b_hh is None):
+        return "it takes both biases or none"
+    if not torch.ops.fuseblock_cpu.lstm_layer_fits(w_ih.shape[1], w_hh.shape[1]):
+        return "the weights do not fit into a core's cache"
+    if few_rows and w_ih.numel() + w_hh.numel() > _ONE_THREAD_WEIGHTS:
+        return "the threads are more than the rows that it could share out"
+    return None
 
 
 def present(own: Sequence[LayerWeights]) -> list[Tensor]:

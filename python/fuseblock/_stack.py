@@ -2,7 +2,7 @@
 
 The operators compose anywhere, but each of them costs tens of microseconds of Python and autograd per layer and pass,
 which is most of the time of a small layer. Here forward and first backward call the backends directly; a second
-backward recomputes the stack on the operators (`_recompute`). The mathematics is that of `functional._ours`.
+backward recomputes the stack on the operators (`_recompute`). The mathematics is that of `functional._lstm._ours`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from importlib import metadata
 
 import torch
 
-from . import __version__, _ext, dispatch
+from . import __version__, _ext, _fused_layer, dispatch
 
 #: Every environment variable that fuseblock reads: (name, default, meaning).
 VARIABLES = (
@@ -59,6 +59,8 @@ def report() -> str:
             where = f"available for tensors on {', '.join(candidate.devices)}"
             verdict = candidate.why_not() if candidate.run is None else where
             lines.append(f"  {op:<24} {candidate.label:<20} {verdict}")
+    verdict = _fused_layer.why_absent or "available for tensors on cpu"
+    lines.append(f"  {'lstm_layer':<24} {'cpu':<20} {verdict}")
     lines += ["", "environment"]
     lines += [f"  {name}={os.environ.get(name, default)}   {meaning}" for name, default, meaning in VARIABLES]
     return "\n".join(lines)

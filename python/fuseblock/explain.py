@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import dispatch
+from torch import Tensor
+
+from . import dispatch, functional
 from ._engine import choose_engine
+from ._fused_layer import why_not_fused
+from ._library import plain_eager, wants_gradient
+from ._ragged import packing
+from ._recompute import LayerWeights
 
 
 @dataclass(frozen=True)
@@ -33,17 +41,20 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Explain who would run ``op`` on these arguments under the backend now in force.
 
     Args:
-        op: ``"lstm"`` (arguments of `functional.lstm`: the engine of the layer), or an operator's name, e.g.
-            ``"lstm_gates"`` or ``"lstm_recurrence_bwd"`` with the operator's arguments.
+        op: ``"lstm"`` (arguments of `functional.lstm`: the engine of the stack, and which of its layers the fused CPU
+            layer runs), or an operator's name, e.g. ``"lstm_gates"`` or ``"lstm_recurrence_bwd"`` with the operator's
+            arguments.
 
     Returns:
         An `Explanation`; print it.
 
     Raises:
-        ValueError: no such operator.
+        ValueError: no such operator. TypeError: these are not its arguments.
     """
     if op == "lstm":
-        return _explain_layer(*args, **kwargs)
+        call = inspect.signature(functional.lstm).bind(*args, **kwargs)
+        call.apply_defaults()
+        return _explain_layer(*call.args, **call.kwargs)
     if op not in dispatch.operators():
         raise ValueError(f"explain: expected one of lstm, {', '.join(dispatch.operators())}, got {op!r}")
     name = dispatch.forced()
@@ -59,16 +70,49 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def _explain_layer(
-    input: Any,
-    h0: Any,
-    c0: Any,
-    weights: Any,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[LayerWeights],
     *,
-    bidirectional: bool = False,
-    lengths: Any = None,
-    batch_sizes: Any = None,
-    **_: Any,
+    bidirectional: bool,
+    dropout: float,
+    training: bool,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
 ) -> Explanation:
-    engine, reason = choose_engine(input, h0, c0, weights, 2 if bidirectional else 1, lengths, batch_sizes)
+    directions = 2 if bidirectional else 1
+    engine, reason = choose_engine(input, h0, c0, weights, directions, lengths, batch_sizes)
     other = "aten" if engine == "ours" else "ours"
-    return Explanation("lstm", engine, ((engine, f"chosen: {reason}"), (other, "not chosen")))
+    reasons: list[tuple[str, str | None]] = [(engine, f"chosen: {reason}"), (other, "not chosen")]
+    if engine == "ours":
+        tensors = [input, h0, c0, *(x for w in weights for x in w)]
+        dropout = dropout if training and len(weights) > directions else 0.0
+        fused = _why_not_fused(tensors, weights, directions, dropout, lengths, batch_sizes)
+        reasons += [(f"fused layer {n}", reason) for n, reason in enumerate(fused)]
+    return Explanation("lstm", engine, tuple(reasons))
+
+
+def _why_not_fused(
+    tensors: list[Tensor | None],
+    weights: Sequence[LayerWeights],
+    directions: int,
+    dropout: float,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> list[str | None]:
+    """Per layer the reason why the fused CPU layer does not run, or None; a mirror of what `functional.lstm` does."""
+    input = tensors[0]
+    assert input is not None
+    packed = None if lengths is None or input.device.type != "cpu" else packing(input, lengths)
+    if packed is not None:
+        input, lengths, batch_sizes = packed.pack(input), None, packed.batch_sizes
+    reasons = why_not_fused(input, weights, directions, lengths, batch_sizes)
+    everywhere = None
+    if dropout:
+        everywhere = "with dropout the layers run operator by operator"
+    elif not plain_eager(tensors):
+        everywhere = "a trace, a transform, autocast, a dispatch mode or a tensor subclass must see operators"
+    elif any(reasons) and not wants_gradient(tensors):
+        everywhere = "without gradients it runs all layers or none"
+    return [reason or everywhere for reason in reasons]

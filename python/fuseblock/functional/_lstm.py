@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, ops
-from ._engine import choose_engine
-from ._fused_layer import fused_layers, infer
-from ._library import forward_mode_active, plain_eager, state_dtype, wants_gradient
-from ._ragged import Packing, packing, pad_rows
-from ._recompute import LayerWeights, Run
-from ._stack import fused_stack, input_projection, join_rows, recurrent_weights
-from .aten import aten_lstm
-from .reference import lstm_gates_reference, lstm_recurrence_reference
+from .. import dispatch, ops
+from .._engine import choose_engine
+from .._fused_layer import fused_layers, infer
+from .._library import forward_mode_active, plain_eager, state_dtype, wants_gradient
+from .._ragged import Packing, packing, pad_rows
+from .._recompute import LayerWeights, Run
+from .._stack import fused_stack, input_projection, join_rows, recurrent_weights
+from ..aten import aten_lstm
+from ..reference import lstm_gates_reference, lstm_recurrence_reference
 
 __all__ = ["lstm", "lstm_cell", "lstm_gates", "lstm_recurrence"]
 
