@@ -108,11 +108,59 @@ def test_explain_layer_names_the_engine_and_the_reason() -> None:
             functional.lstm(torch.zeros(5, 2, 4), None, None, [weight], lengths=torch.tensor([5, 3]))
 
 
+def layer_weights(inputs: int, hidden: int, proj: int | None = None) -> tuple[torch.Tensor | None, ...]:
+    w_hr = None if proj is None else torch.zeros(proj, hidden)
+    return torch.zeros(4 * hidden, inputs), torch.zeros(4 * hidden, proj or hidden), None, None, w_hr
+
+
+SMALL, LARGE, AFTER_LARGE = layer_weights(4, 3), layer_weights(1000, 64), layer_weights(64, 64)
+FUSED_LAYERS = {
+    "small": ({}, [SMALL, layer_weights(3, 3)], [None, None]),
+    "packed": ({"lengths": torch.tensor([4, 2])}, [SMALL], [None]),
+    "full": ({"lengths": torch.tensor([5, 5])}, [SMALL], ["no row ends early"]),
+    "dropout": ({"dropout": 0.5, "training": True}, [SMALL, layer_weights(3, 3)], ["dropout", "dropout"]),
+    "dropout in evaluation": ({"dropout": 0.5}, [SMALL, layer_weights(3, 3)], [None, None]),
+    "inference, one too large": ({}, [LARGE, AFTER_LARGE], ["core's cache", "all layers or none"]),
+    "training, one too large": ({"train": True}, [LARGE, AFTER_LARGE], ["core's cache", None]),
+    "projection": ({}, [layer_weights(4, 3, 2)], ["projection"]),
+    "few rows": ({"steps": 2}, [SMALL], ["4 rows"]),
+    "another dtype": ({"autocast": True}, [SMALL], ["autocast"]),
+    "another backend": ({"backend": "reference"}, [SMALL], ["'reference' is forced"]),
+}
+
+
+@pytest.mark.skipif(_ext.why_not is not None, reason="needs the compiled library")
+@pytest.mark.parametrize("case", FUSED_LAYERS)
+def test_explain_says_which_layers_are_fused(case: str) -> None:
+    options, weights, expected = FUSED_LAYERS[case]
+    options = dict(options)
+    inputs = weights[0][0].shape[1]
+    x = torch.zeros(options.pop("steps", 5), 2, inputs, requires_grad=options.pop("train", False))
+    with (
+        fuseblock.backend(options.pop("backend", "auto")),
+        torch.autocast("cpu", torch.bfloat16, enabled=options.pop("autocast", False)),
+    ):
+        reasons = [r for name, r in fuseblock.explain("lstm", x, None, None, weights, **options).reasons[2:]]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            functional.lstm(x, None, None, weights, **options)
+    for reason, words in zip(reasons, expected, strict=True):
+        assert reason is None if words is None else words in reason
+    runs = sum(event.name == "fuseblock_cpu::lstm_layer" for event in profile.events())
+    assert runs == reasons.count(None)
+
+
 def test_env_report() -> None:
     report = subprocess.run(
         [sys.executable, "-m", "fuseblock", "env"], capture_output=True, text=True, timeout=120, check=True
     ).stdout
-    for expected in ("torch", "triton", "lstm_gates_bwd_bwd", "lstm_recurrence", "FUSEBLOCK_BACKEND"):
+    for expected in (
+        "torch",
+        "triton",
+        "lstm_gates_bwd_bwd",
+        "lstm_recurrence",
+        "lstm_layer ",
+        "FUSEBLOCK_BACKEND",
+    ):
         assert expected in report
 
 
