@@ -149,6 +149,19 @@ def test_explain_says_which_layers_are_fused(case: str) -> None:
     assert runs == reasons.count(None)
 
 
+def test_explain_refuses_arguments_that_are_not_the_calls() -> None:
+    with pytest.raises(TypeError, match=r"lstm_gates expects \(Tensor gates, Tensor c\), got \(\)"):
+        fuseblock.explain("lstm_gates")
+    with pytest.raises(TypeError, match=r"expects .*, got \(Tensor, list\)"):
+        fuseblock.explain("lstm_gates", GATES, [1.0])
+    with pytest.raises(TypeError, match=r"expects .*, got \(Tensor, c=Tensor\)"):
+        fuseblock.explain("lstm_gates", GATES, c=C)
+    with pytest.raises(TypeError, match="missing a required argument: 'input'"):
+        fuseblock.explain("lstm")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'length'"):
+        fuseblock.explain("lstm", torch.zeros(5, 2, 4), None, None, [SMALL], length=5)
+
+
 def test_env_report() -> None:
     report = subprocess.run(
         [sys.executable, "-m", "fuseblock", "env"], capture_output=True, text=True, timeout=120, check=True

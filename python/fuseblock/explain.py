@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import dispatch, functional
@@ -57,6 +58,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         return _explain_layer(*call.args, **call.kwargs)
     if op not in dispatch.operators():
         raise ValueError(f"explain: expected one of lstm, {', '.join(dispatch.operators())}, got {op!r}")
+    _check_arguments(op, args, kwargs)
     name = dispatch.forced()
     reasons, chosen = [], "nobody"
     for candidate in dispatch.candidates(op):
@@ -67,6 +69,18 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
             chosen = candidate.label
         reasons.append((candidate.label, reason))
     return Explanation(op, chosen, tuple(reasons))
+
+
+def _check_arguments(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise TypeError unless these are the positional arguments of the operator."""
+    wanted = getattr(torch.ops.fuseblock, op).default._schema.arguments
+    fits = not kwargs and len(args) == len(wanted)
+    for argument, given in zip(wanted, args, strict=False):
+        fits &= isinstance(given, Tensor) or not isinstance(argument.type, torch.TensorType)
+    if not fits:
+        expected = ", ".join(f"{argument.type} {argument.name}" for argument in wanted)
+        got = [type(x).__name__ for x in args] + [f"{k}={type(x).__name__}" for k, x in kwargs.items()]
+        raise TypeError(f"explain: {op} expects ({expected}), got ({', '.join(got)})")
 
 
 def _explain_layer(
