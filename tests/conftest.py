@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _worst_ratios() -> dict[str, tuple[float, str]]:
-    from .ops.lstm_cases import WORST  # late: kernels must be decorated after TRITON_INTERPRET is set
+    from .ops.bounds import WORST  # late: kernels must be decorated after TRITON_INTERPRET is set
 
     return WORST
 

@@ -11,7 +11,7 @@ from fuseblock import functional, ops
 from fuseblock.reference import lstm_gates_bwd_reference, lstm_gates_reference
 
 from ..backends import Forced
-from .lstm_cases import error_ratio, poisoned_outputs, relative_error, state_dtype
+from .bounds import error_ratio, poisoned_outputs, relative_error, state_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 1), (3, 5), (129, 33), (2, 3, 8)]

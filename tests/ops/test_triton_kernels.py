@@ -17,15 +17,8 @@ from fuseblock.launch import _triton, triton_lstm_gates, triton_lstm_recurrence
 
 from ..triton_interpreter import install
 from . import plain_lstm
-from .lstm_cases import (
-    LstmCase,
-    assert_outputs,
-    check_backward,
-    check_forward,
-    check_second_order,
-    poisoned_outputs,
-    state_dtype,
-)
+from .bounds import poisoned_outputs, state_dtype
+from .lstm_cases import LstmCase, assert_outputs, check_backward, check_forward, check_second_order
 
 if _triton.INTERPRETED:
     install()
