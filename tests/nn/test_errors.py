@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -162,6 +163,31 @@ def test_lstm_batch_first() -> None:
     ]
     for call in calls:
         assert error_of(lambda c=call: c(ours)) == error_of(lambda c=call: c(stock))
+
+
+REPLACED = {
+    "weight_ih_l0": (12, 5),
+    "weight_hh_l0": (12, 3),
+    "bias_ih_l0": (3,),
+    "bias_hh_l0_reverse": (12, 1),
+    "weight_hr_l0": (3, 3),
+    "weight_ih_l1": (12, 2),
+    "weight_hh_l1_reverse": (16, 2),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "aten", "reference"])
+@pytest.mark.parametrize("name", REPLACED)
+def test_replaced_weight_of_another_shape(name: str, backend: str) -> None:
+    """PyTorch's oneDNN layer takes some of these and reads beyond the weight's end."""
+    options = {"num_layers": 2, "bidirectional": True, "proj_size": 2}
+    ours = fuseblock.nn.LSTM(4, 3, **options)
+    expected = tuple(getattr(ours, name).shape)
+    setattr(ours, name, torch.nn.Parameter(torch.zeros(REPLACED[name])))
+    message = f"expected {name} of shape {expected}, got {REPLACED[name]}"
+    for x in (X, PACKED):
+        with fuseblock.backend(backend), pytest.raises(ValueError, match=re.escape(message)):
+            ours(x)
 
 
 @pytest.mark.parametrize("mistake", CELL_CALLS)

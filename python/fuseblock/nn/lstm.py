@@ -59,7 +59,8 @@ class LSTM(torch.nn.LSTM):
 
     Raises:
         TypeError: ``lengths`` together with a PackedSequence, or not int64.
-        ValueError: ``lengths`` of a wrong shape, device or range; and what :class:`torch.nn.LSTM` raises.
+        ValueError: ``lengths`` of a wrong shape, device or range; a weight that was replaced by one of another
+            shape; and what :class:`torch.nn.LSTM` raises.
         RuntimeError: what :class:`torch.nn.LSTM` raises, for example for a wrong ``hx`` shape.
 
     Examples::
@@ -90,6 +91,7 @@ class LSTM(torch.nn.LSTM):
         if not self._is_regular(input, hx, weights[0][0]):
             return self._forward_stock(input, hx, lengths)
 
+        self._check_shapes(weights)
         unbatched = input.dim() == 2
         x = self._time_major(input)
         if lengths is not None:
@@ -118,6 +120,7 @@ class LSTM(torch.nn.LSTM):
             result = super().forward(packed, hx)
             check_not_forced("LSTM", data)
             return result
+        self._check_shapes(weights)
         h0, c0 = (None, None) if hx is None else self.permute_hidden(hx, sorted_indices)
         output, h_n, c_n = functional.lstm(
             data,
@@ -173,6 +176,20 @@ class LSTM(torch.nn.LSTM):
             else:
                 weights.append((tensors[0], tensors[1], tensors[2], tensors[3], tensors[4]))
         return weights
+
+    def _check_shapes(self, weights: list[LayerWeights]) -> None:
+        """Weights may have been replaced, and PyTorch's own layer would read beyond the end of a smaller one."""
+        hidden, proj, directions = self.hidden_size, self.proj_size, 2 if self.bidirectional else 1
+        four, out = 4 * hidden, proj or hidden
+        rest = [(four, out), *([(four,), (four,)] if self.bias else []), *([(proj, hidden)] if proj else [])]
+        for n, tensors in enumerate(weights):
+            inputs = self.input_size if n < directions else directions * out
+            expected = [(four, inputs), *rest]
+            found = [x.shape for x in tensors if x is not None]
+            if found != expected:
+                each = zip(self._all_weights[n], expected, found, strict=True)
+                name, shape, got = next((name, shape, got) for name, shape, got in each if shape != got)
+                raise ValueError(f"LSTM: expected {name} of shape {shape}, got {tuple(got)}")
 
     def _is_regular(self, input: Tensor, hx: State | None, weight: Tensor | None) -> bool:
         """False for a call that torch.nn.LSTM must judge: most of them it rejects."""
