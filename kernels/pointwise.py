@@ -34,10 +34,10 @@ def expm1_negative(z):
 
 @triton.jit
 def act(z, SLOPE, ACT: tl.constexpr):
-    """act(z)."""
+    """The activation of z."""
     if ACT == RELU:
         result = tl.where(z <= 0, 0.0, z)
-    elif ACT == LEAKY_RELU or ACT == PRELU:
+    elif ACT == LEAKY_RELU or ACT == PRELU:  # noqa: SIM109 (Triton has no "in")
         result = tl.where(z > 0, z, SLOPE * z)
     elif ACT == SILU:
         result = z * sigmoid(z)
@@ -61,11 +61,11 @@ def is_positive(z, ACT: tl.constexpr):
 
 @triton.jit
 def act_grad_of_sign(positive, SLOPE, ACT: tl.constexpr, DTYPE: tl.constexpr):
-    """act'(z) of a piecewise linear activation, from `is_positive`."""
+    """The derivative of a piecewise linear activation, from `is_positive`."""
     one = tl.full(positive.shape, 1.0, DTYPE)
     if ACT == RELU:
         result = tl.where(positive, one, 0.0)
-    elif ACT == LEAKY_RELU or ACT == PRELU:
+    elif ACT == LEAKY_RELU or ACT == PRELU:  # noqa: SIM109 (Triton has no "in")
         result = tl.where(positive, one, one * SLOPE)
     else:
         result = one
@@ -74,7 +74,7 @@ def act_grad_of_sign(positive, SLOPE, ACT: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def act_grad(z, SLOPE, ACT: tl.constexpr):
-    """act'(z)."""
+    """The derivative at z."""
     if ACT == SILU:
         s = sigmoid(z)
         result = s * (1.0 + z * (1.0 - s))
@@ -90,7 +90,7 @@ def act_grad(z, SLOPE, ACT: tl.constexpr):
 
 @triton.jit
 def act_grad_grad(z, ACT: tl.constexpr):
-    """act''(z); zero for piecewise linear activations."""
+    """The second derivative at z; zero for piecewise linear activations."""
     if ACT == SILU:
         s = sigmoid(z)
         result = s * (1.0 - s) * (2.0 + z * (1.0 - 2.0 * s))
