@@ -92,6 +92,16 @@ FB_INLINE Vec<L> max(Vec<L> bound, Vec<L> v) {
 #endif
 }
 
+// `a` where z > 0 (z <= 0), else `b`; a NaN in z chooses `b`.
+template <class L>
+FB_INLINE Vec<L> where_positive(Vec<L> z, Vec<L> a, Vec<L> b) {
+  return Vec<L>(z.raw > 0 ? a.raw : b.raw);
+}
+template <class L>
+FB_INLINE Vec<L> where_nonpositive(Vec<L> z, Vec<L> a, Vec<L> b) {
+  return Vec<L>(z.raw <= 0 ? a.raw : b.raw);
+}
+
 template <class L>
 FB_INLINE Vec<L> abs(Vec<L> v) {
   constexpr typename Vec<L>::Int all_but_sign = ~(typename Vec<L>::Int(1) << (8 * sizeof(L) - 1));

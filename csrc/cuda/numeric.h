@@ -1,9 +1,10 @@
-// Scalar types of the kernels: the type that arithmetic is done in, conversions, activations.
+// Scalar types of the kernels: the type that arithmetic is done in, and conversions. Activations: math/scalar.h.
 #pragma once
 
 #include "cuda/dtype.h"
 #include "cuda/launch.h"
 #include "math/lstm_gates.h"
+#include "math/scalar.h"
 
 namespace fuseblock {
 
@@ -35,11 +36,5 @@ template <>
 FB_HD __half narrow<__half>(float x) { return __float2half_rn(x); }
 template <>
 FB_HD __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
-
-// exp(-x) overflows to infinity for very negative x, and 1 / infinity is the right 0; NaN stays NaN.
-FB_HD float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
-FB_HD double sigmoid(double x) { return 1. / (1. + exp(-x)); }
-FB_HD float tanh_(float x) { return tanhf(x); }
-FB_HD double tanh_(double x) { return tanh(x); }
 
 }  // namespace fuseblock
