@@ -12,6 +12,7 @@ from torch import zeros
 from torch.nn.utils.rnn import pack_sequence
 
 import fuseblock
+from fuseblock import _ext
 
 from .parity import packed, twins
 
@@ -188,6 +189,16 @@ def test_replaced_weight_of_another_shape(name: str, backend: str) -> None:
     for x in (X, PACKED):
         with fuseblock.backend(backend), pytest.raises(ValueError, match=re.escape(message)):
             ours(x)
+
+
+@pytest.mark.skipif(_ext.why_not is not None, reason="needs the compiled library")
+def test_empty_steps_at_the_end_of_a_packed_sequence() -> None:
+    """torch.nn.LSTM takes them on a CPU; PyTorch's packing functions make none."""
+    stock, ours = twins(torch.nn.LSTM, 4, 3)
+    x = PACKED._replace(batch_sizes=torch.cat((PACKED.batch_sizes, torch.tensor([0]))))
+    stock(x)
+    with fuseblock.backend("cpu"), pytest.raises(RuntimeError, match="batch_sizes must be positive"):
+        ours(x)
 
 
 @pytest.mark.parametrize("mistake", CELL_CALLS)

@@ -30,7 +30,9 @@ class LSTM(torch.nn.LSTM):
     Shapes (L layers, D = 2 if bidirectional else 1, P = ``proj_size`` or H):
 
     * ``input``: ``(T, B, input_size)``, ``(B, T, input_size)`` with ``batch_first``, ``(T, input_size)``
-      unbatched, or a :class:`~torch.nn.utils.rnn.PackedSequence`, sorted or not;
+      unbatched, or a :class:`~torch.nn.utils.rnn.PackedSequence`, sorted or not. Its ``batch_sizes`` are
+      positive, as PyTorch's packing functions make them: zeros at their end, which :class:`torch.nn.LSTM`
+      takes on a CPU, are refused by the kernels;
     * ``hx``: ``(h_0, c_0)`` of shapes ``(L*D, B, P)`` and ``(L*D, B, H)`` (without B if unbatched); default
       zeros;
     * ``lengths``: ``(B,)``, see below;
@@ -61,7 +63,8 @@ class LSTM(torch.nn.LSTM):
         TypeError: ``lengths`` together with a PackedSequence, or not int64.
         ValueError: ``lengths`` of a wrong shape, device or range; a weight that was replaced by one of another
             shape; and what :class:`torch.nn.LSTM` raises.
-        RuntimeError: what :class:`torch.nn.LSTM` raises, for example for a wrong ``hx`` shape.
+        RuntimeError: ``batch_sizes`` that end in 0; and what :class:`torch.nn.LSTM` raises, for example for a
+            wrong ``hx`` shape.
 
     Examples::
 
