@@ -1,5 +1,15 @@
 """What users call: functions with argument checks, shapes and equations; the modules of `fuseblock.nn` stand on them."""
 
 from ._lstm import lstm, lstm_cell, lstm_gates, lstm_recurrence
+from ._upfirdn2d import downsample2d, filter2d, upfirdn2d, upsample2d
 
-__all__ = ["lstm", "lstm_cell", "lstm_gates", "lstm_recurrence"]
+__all__ = [
+    "downsample2d",
+    "filter2d",
+    "lstm",
+    "lstm_cell",
+    "lstm_gates",
+    "lstm_recurrence",
+    "upfirdn2d",
+    "upsample2d",
+]

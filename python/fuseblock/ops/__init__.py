@@ -4,14 +4,18 @@ from .lstm_gates import check as check_lstm_gates
 from .lstm_gates import lstm_gates, lstm_gates_bwd, lstm_gates_bwd_bwd
 from .lstm_recurrence import check as check_lstm_recurrence
 from .lstm_recurrence import lstm_recurrence, lstm_recurrence_bwd, lstm_recurrence_bwd_bwd
+from .upfirdn2d import check as check_upfirdn2d
+from .upfirdn2d import upfirdn2d
 
 __all__ = [
     "check_lstm_gates",
     "check_lstm_recurrence",
+    "check_upfirdn2d",
     "lstm_gates",
     "lstm_gates_bwd",
     "lstm_gates_bwd_bwd",
     "lstm_recurrence",
     "lstm_recurrence_bwd",
     "lstm_recurrence_bwd_bwd",
+    "upfirdn2d",
 ]

@@ -6,6 +6,7 @@ from .lstm_recurrence import (
     lstm_recurrence_bwd_reference,
     lstm_recurrence_reference,
 )
+from .upfirdn2d import upfirdn2d_reference
 
 __all__ = [
     "lstm_gates_bwd_bwd_reference",
@@ -14,4 +15,5 @@ __all__ = [
     "lstm_recurrence_bwd_bwd_reference",
     "lstm_recurrence_bwd_reference",
     "lstm_recurrence_reference",
+    "upfirdn2d_reference",
 ]
