@@ -2,7 +2,15 @@
 names.
 """
 
+from .conv import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
 from .lstm import LSTM
 from .lstm_cell import LSTMCell
 
-__all__ = ["LSTM", "LSTMCell"]
+__all__ = [
+    "LSTM",
+    "Conv1d",
+    "Conv2d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "LSTMCell",
+]
