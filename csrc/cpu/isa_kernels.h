@@ -1,12 +1,14 @@
 // The kernel table of one instruction set; see kernel_table.h.
 #pragma once
 
+#include "bias_act_kernels.h"
 #include "kernel_table.h"
 #include "layer_bwd.h"
 #include "layer_fwd.h"
 #include "recurrence_bwd.h"
 #include "recurrence_bwd_bwd.h"
 #include "recurrence_fwd.h"
+#include "upfirdn2d_kernels.h"
 
 namespace fuseblock::FB_ISA {
 
@@ -61,10 +63,26 @@ inline void layer_add_dx_any(const cpu::LayerBwd& a, int64_t begin, int64_t end)
   for_dtype(a.layer.layout.dtype, [&](auto s) { layer_add_dx<decltype(s)>(a, begin, end); });
 }
 
+inline void upfirdn2d_any(const cpu::Upfirdn2dPlan& plan, int64_t begin, int64_t end, void* scratch) {
+  for_dtype(plan.args.dtype, [&](auto s) { upfirdn2d_rows<decltype(s)>(plan, begin, end, scratch); });
+}
+
+inline void bias_act_fwd_any(const cpu::BiasActFwd& a, int64_t begin, int64_t end) {
+  for_dtype(a.site.dtype, [&](auto s) { bias_act_fwd<decltype(s)>(a, begin, end); });
+}
+inline void bias_act_bwd_any(const cpu::BiasActBwdArgs& a, int64_t begin, int64_t end, double* sums, void* scratch) {
+  for_dtype(a.site.dtype, [&](auto s) { bias_act_bwd<decltype(s)>(a, begin, end, sums, scratch); });
+}
+inline void bias_act_bwd_bwd_any(const cpu::BiasActBwdBwdArgs& a, int64_t begin, int64_t end, double* sums,
+                                 void* scratch) {
+  for_dtype(a.site.dtype, [&](auto s) { bias_act_bwd_bwd<decltype(s)>(a, begin, end, sums, scratch); });
+}
+
 constexpr cpu::KernelTable make_table(const char* isa) {
   return {isa,      FB_VEC_BYTES,       gates_fwd_any,      gates_bwd_any,         gates_bwd_bwd_any,
           pack_any, recurrence_fwd_any, recurrence_bwd_any, recurrence_bwd_bwd_any,
-          layer_pack_any, layer_fwd_any, layer_bwd_any, layer_finish_any, layer_add_dx_any};
+          layer_pack_any, layer_fwd_any, layer_bwd_any, layer_finish_any, layer_add_dx_any, upfirdn2d_any,
+          bias_act_fwd_any, bias_act_bwd_any, bias_act_bwd_bwd_any};
 }
 
 }  // namespace fuseblock::FB_ISA

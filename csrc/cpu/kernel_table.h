@@ -1,9 +1,11 @@
 // What an instruction set offers: one table of kernels per set, filled in isa_*.cpp and chosen at run time.
 #pragma once
 
+#include "bias_act.h"
 #include "lstm_gates.h"
 #include "lstm_layer.h"
 #include "lstm_recurrence.h"
+#include "upfirdn2d.h"
 
 namespace fuseblock::cpu {
 
@@ -29,6 +31,15 @@ struct KernelTable {
   void (*layer_finish)(const LayerBwd&, int64_t direction, const void* first, int64_t workers, int64_t distance,
                        int64_t begin, int64_t end);
   void (*layer_add_dx)(const LayerBwd&, int64_t begin, int64_t end);
+
+  // Output rows [begin, end), counted over planes and chunks of channels; scratch of plan.scratch_bytes.
+  void (*upfirdn2d)(const Upfirdn2dPlan&, int64_t begin, int64_t end, void* scratch);
+
+  // Elements [begin, end), begin a multiple of 8 where a mask is written. sums: two a channel, added to; scratch: two
+  // values of the compute type for each place of the site's period.
+  void (*bias_act_fwd)(const BiasActFwd&, int64_t begin, int64_t end);
+  void (*bias_act_bwd)(const BiasActBwdArgs&, int64_t begin, int64_t end, double* sums, void* scratch);
+  void (*bias_act_bwd_bwd)(const BiasActBwdBwdArgs&, int64_t begin, int64_t end, double* sums, void* scratch);
 };
 
 // The best set that this machine has, or the one that FUSEBLOCK_CPU_ISA (baseline|avx2|avx512) names; null if that

@@ -97,12 +97,8 @@ inline void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-inline Tensor empty(const Shape& shape, ScalarType dtype) {
-  int64_t strides[8], step = 1;
-  for (size_t i = shape.size(); i-- > 0;) {
-    strides[i] = step;
-    step *= shape[i] > 1 ? shape[i] : 1;
-  }
+// A dense tensor; strides must be those of the shape in some order of its dimensions.
+inline Tensor empty_strided(const Shape& shape, const Shape& strides, ScalarType dtype) {
   int32_t code = 0;
   switch (dtype) {
     case ScalarType::Double: code = aoti_torch_dtype_float64(); break;
@@ -111,13 +107,25 @@ inline Tensor empty(const Shape& shape, ScalarType dtype) {
     default: code = aoti_torch_dtype_float32(); break;
   }
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)shape.size(), shape.data(), strides, code,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)shape.size(), shape.data(), strides.data(), code,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   Tensor result(handle);
   const int64_t element = dtype == ScalarType::Double ? 8 : state_type(dtype) == dtype ? 4 : 2;
   if (!shape.empty()) advise_huge_pages(result.mutable_data_ptr(), (size_t)(shape[0] * strides[0] * element));
   return result;
 }
+
+inline Shape contiguous_strides(const Shape& shape) {
+  Shape strides(shape.size());
+  int64_t step = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = step;
+    step *= shape[i] > 1 ? shape[i] : 1;
+  }
+  return strides;
+}
+
+inline Tensor empty(const Shape& shape, ScalarType dtype) { return empty_strided(shape, contiguous_strides(shape), dtype); }
 
 inline cpu::Threads torch_threads() {
   const auto run = [](int64_t n, int64_t grain, cpu::Threads::Body body, void* context) {

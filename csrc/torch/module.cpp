@@ -31,6 +31,19 @@ STABLE_TORCH_LIBRARY(fuseblock_cpu, m) {
       "lstm_layer_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor c0, Tensor y, Tensor gates,"
       " Tensor c, Tensor[] weights, Tensor? batch_sizes, bool need_dx) -> Tensor[]");
   m.def("lstm_layer_fits(int input, int hidden) -> bool");
+  m.def(
+      "upfirdn2d(Tensor x, Tensor f, int up_x, int up_y, int down_x, int down_y, int pad_x0, int pad_x1, int pad_y0,"
+      " int pad_y1, bool flip_filter, float gain) -> Tensor");
+  m.def(
+      "bias_act(Tensor x, Tensor? bias, Tensor? slope, int activation, float negative_slope, float gain, float clamp,"
+      " bool save) -> (Tensor y, Tensor mask)");
+  m.def(
+      "bias_act_bwd(Tensor dy, Tensor? x, Tensor? bias, Tensor? slope, Tensor? mask, int activation,"
+      " float negative_slope, float gain, float clamp, bool need_dbias) -> (Tensor dx, Tensor dbias, Tensor dslope)");
+  m.def(
+      "bias_act_bwd_bwd(Tensor v, Tensor? v_bias, Tensor? v_slope, Tensor? dy, Tensor? x, Tensor? bias, Tensor? slope,"
+      " Tensor? mask, int activation, float negative_slope, float gain, float clamp)"
+      " -> (Tensor a_dy, Tensor a_x, Tensor a_bias, Tensor a_slope)");
 }
 
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
