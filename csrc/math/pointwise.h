@@ -52,7 +52,7 @@ FB_HD Curve<V> act_curve(V z) {
     return {first, V(0) - two * t * first};
   } else {
     const V e = exp_(where_positive(z, V(0), z));  // 1 where z > 0
-    return {e, where_positive(z, V(0), e)};
+    return {e, where_positive(V(0) - z, e, V(0))};  // 0 at z = 0, as in PyTorch
   }
 }
 

@@ -1,5 +1,9 @@
 """The operators: one file holds one operator's whole contract."""
 
+from .batch_norm_act import batch_norm_act, batch_norm_act_bwd, batch_norm_act_bwd_bwd
+from .batch_norm_act import check as check_batch_norm_act
+from .bias_act import bias_act, bias_act_bwd, bias_act_bwd_bwd
+from .bias_act import check as check_bias_act
 from .lstm_gates import check as check_lstm_gates
 from .lstm_gates import lstm_gates, lstm_gates_bwd, lstm_gates_bwd_bwd
 from .lstm_recurrence import check as check_lstm_recurrence
@@ -8,6 +12,14 @@ from .upfirdn2d import check as check_upfirdn2d
 from .upfirdn2d import upfirdn2d
 
 __all__ = [
+    "batch_norm_act",
+    "batch_norm_act_bwd",
+    "batch_norm_act_bwd_bwd",
+    "bias_act",
+    "bias_act_bwd",
+    "bias_act_bwd_bwd",
+    "check_batch_norm_act",
+    "check_bias_act",
     "check_lstm_gates",
     "check_lstm_recurrence",
     "check_upfirdn2d",

@@ -1,0 +1,101 @@
+"""Normalisation with its activation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, ops
+from .._library import forward_mode_active
+from ..reference.batch_norm_act import batch_norm_act_reference
+
+
+def _plain_pytorch() -> bool:
+    """Whether the reference equations run in place of the operators, so that PyTorch sees and differentiates them."""
+    name = dispatch.forced()
+    return name == "reference" or (
+        name == "auto" and not torch.compiler.is_compiling() and forward_mode_active()
+    )
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    slope: Tensor | None = None,
+    process_group: Any = None,
+) -> Tensor:
+    """Batch normalisation, an optional residual and an activation, differentiable twice.
+
+        y = act(weight (x - mean) / sqrt(var + eps) + bias + residual)
+
+    In training, mean and (biased) var are the batch's, over all dimensions but the channels'; ``running_mean`` and
+    ``running_var``, where given, move towards them in place (var unbiased) as in `torch.nn.functional.batch_norm`. Else
+    they take the place of the batch's. Statistics are float32 (float64 for float64). Saved for backward: x, per-channel
+    tensors and, with a residual, one bit per element (relu, leaky_relu) or the residual (prelu, silu, tanh, elu).
+
+    Args:
+        x: (N, C, ...) float64, float32, float16 or bfloat16, contiguous or channels-last; y keeps its layout.
+        weight, bias: (C,).
+        residual: of the shape and dtype of x.
+        running_mean, running_var: (C,).
+        training: normalise with the batch's statistics.
+        momentum: how far the running ones move, 0 to 1.
+        eps: added to the variance.
+        activation: identity, relu, leaky_relu, prelu, silu, tanh or elu.
+        negative_slope: of leaky_relu.
+        slope: (C,) or (1,), learned, of prelu.
+        process_group: a `torch.distributed` process group whose ranks share their statistics, in the gradients of first
+            and second order too; None: this rank's batch alone.
+
+    Returns:
+        y, of the shape, dtype and layout of x.
+
+    Raises:
+        ValueError: shapes, devices or activation do not fit; one value per channel in training; running statistics
+            missing where training is False. TypeError: dtypes do not fit.
+        fuseblock.BackendError: the forced backend cannot run these tensors.
+
+    Source: Ioffe and Szegedy 2015.
+    """
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("batch_norm_act: expected running_mean and running_var together, got one of them")
+    if not training and running_mean is None:
+        raise ValueError("batch_norm_act: expected running_mean and running_var where training is False")
+    group = "" if process_group is None else process_group.group_name
+    mean, var = (None, None) if training else (running_mean, running_var)
+    tensors = x, weight, bias, residual, slope
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        save = True  # a wrapped tensor does not tell whether an outer transform will differentiate it
+    args = (*tensors, mean, var, eps, activation, negative_slope, training, group, save)
+    if _plain_pytorch():
+        args = ops.batch_norm_act.cast_for_autocast(args)
+        ops.check_batch_norm_act(*args[:7], activation, training, group)
+        outputs = batch_norm_act_reference(*args)
+    else:
+        outputs = ops.batch_norm_act(*args)
+    y, mean, var, _, count, _ = outputs
+    if training and running_mean is not None and running_var is not None:
+        _update(running_mean, running_var, mean, var, count, momentum)
+    return y
+
+
+@torch.no_grad()
+def _update(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor, momentum: float
+) -> None:
+    running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
+    unbiased = var.detach() * (count / (count - 1))
+    running_var.lerp_(unbiased.to(running_var.dtype), momentum)

@@ -1,0 +1,352 @@
+"""Drives the six kernels of ``batch_norm_act`` of any backend: coefficients from sums, and what is summed over ranks.
+
+    forward    stats -> all-gather -> fwd_apply
+    backward   bwd_reduce: S1 = sum G, S2 = sum G xhat -> all-reduce -> bwd_apply: dx = k0 G + k1 + k2 xhat
+    second     bwd_bwd_reduce: up to 12 sums -> all-reduce -> bwd_bwd_apply:
+               q = k0 V + k1 + k2 xhat + v_r;   a_dy = q act'(z) + k3 min(z, 0);
+               a_z = h q (smooth), k3 h (prelu), 0;   a_x = k4 V + k5 G + k6 a_z + k7 + k8 xhat
+
+with z = w xhat + b + r, G = dy act'(z), h = dy act''(z) (prelu: dy [z <= 0]), V and v_r the cotangents of dx and dresidual.
+The means of a_x's terms over the batch follow from the sums, so one pass for sums and one for results are enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._activations import PIECEWISE_LINEAR, number
+from .._library import state_dtype
+from .._ranks import process_group
+
+
+@dataclass(frozen=True)
+class Site:
+    """What describes one normalisation to the kernels.
+
+    Attributes:
+        x: (N, C, ...), contiguous or channels-last; every tensor of its shape has its strides.
+        mean, invstd, weight, bias: (C,) in the dtype of the statistics; weight and bias may be absent.
+        residual: like x, or None: there is none, or ``mask`` says what is needed of it.
+        mask: uint8, a bit per element in memory order, the lowest first: whether z > 0; or None.
+        slope: of prelu, (C,) or (1,), in the dtype of the statistics.
+        activation: its number in `fuseblock._activations`.
+        negative_slope: of leaky_relu.
+    """
+
+    x: Tensor
+    mean: Tensor
+    invstd: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    mask: Tensor | None
+    slope: Tensor | None
+    activation: int
+    negative_slope: float
+
+
+class Kernels(Protocol):
+    """The kernels of one backend. Sums and coefficients are (k, C) in the dtype of the statistics."""
+
+    def stats(self, x: Tensor) -> Tensor:
+        """(2, C): mean and sum of squared deviations; zeros of nothing."""
+
+    def fwd_apply(self, site: Site, want_mask: bool) -> tuple[Tensor, Tensor | None]:
+        """(y, mask)."""
+
+    def bwd_reduce(self, dy: Tensor, site: Site) -> Tensor:
+        """(2, C): sums of G and G xhat; for prelu (3, C), with that of dy min(z, 0)."""
+
+    def bwd_apply(
+        self, dy: Tensor, site: Site, k: Tensor, want_dresidual: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """(dx, dresidual = G) of coefficients (3, C)."""
+
+    def bwd_bwd_reduce(self, v: Tensor | None, v_residual: Tensor | None, dy: Tensor, site: Site) -> Tensor:
+        """Sums of V, V xhat, G, G xhat, G V; for smooth activations and prelu also of h, h xhat, h xhat^2, h V,
+        h V xhat; and with v_residual of h v_r, h v_r xhat: (5, C), (10, C) or (12, C).
+        """
+
+    def bwd_bwd_apply(
+        self, v: Tensor | None, v_residual: Tensor | None, dy: Tensor, site: Site, k: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(a_x, a_dy, a_residual = a_z, where the residual is saved) of coefficients (9, C)."""
+
+
+def is_masked(activation: str) -> bool:
+    """Whether the sign of z is all that derivatives need of it, so that a mask stands for the residual."""
+    return activation in ("relu", "leaky_relu")
+
+
+def dense_like(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """The tensor t with the strides of the dense tensor x."""
+    if t is None or t.stride() == x.stride():
+        return t
+    return torch.empty_like(x, dtype=t.dtype).copy_(t)
+
+
+def dense(x: Tensor) -> Tensor:
+    """The tensor x, contiguous unless it is channels-last."""
+    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+def _wide(t: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if t is None else t.to(state_dtype(x.dtype)).contiguous()
+
+
+def _over_ranks(sums: Tensor, group: str) -> Tensor:
+    """The sums of all ranks; `sums` itself stays that of this rank."""
+    if not group:
+        return sums
+    total = sums.clone()
+    dist.all_reduce(total, group=process_group(group))
+    return total
+
+
+def _batch_statistics(local: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, biased variance, number of values) of all ranks, from this rank's mean and sum of squared deviations."""
+    n = local.new_full((), count)
+    if not group:
+        return local[0].clone(), local[1] / n, n
+    ranks_of = process_group(group)
+    own = torch.cat([local.flatten(), n[None]])
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(ranks_of))]
+    dist.all_gather(gathered, own, group=ranks_of)
+    ranks = torch.stack(gathered)
+    counts = ranks[:, -1:]
+    mean, squares = ranks[:, :-1].view(len(gathered), 2, -1).unbind(1)
+    total = counts.sum()
+    # As in Chan, Golub and LeVeque 1979: deviations from a rank's mean, and of the means from the common one.
+    common = (counts / total * mean).sum(0)
+    spread = squares + counts * (mean - common).square()
+    return common, spread.sum(0) / total, total
+
+
+def forward(
+    kernels: Kernels,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    training: bool,
+    group: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``batch_norm_act`` on the kernels of a backend; see ``ops/batch_norm_act.py``."""
+    x = dense(x)
+    values = x.numel() // max(x.shape[1], 1)
+    if mean is None or var is None:
+        mean, var, count = _batch_statistics(kernels.stats(x), values, group)
+    else:
+        wide = state_dtype(x.dtype)
+        mean, var = mean.to(wide, copy=True), var.to(wide, copy=True)
+        count = mean.new_full((), values)
+        if training and group:
+            mean, var, count = _batch_statistics(torch.stack([mean, var * values]), values, group)
+    invstd = (var + eps).rsqrt()
+    site = Site(
+        x,
+        mean,
+        invstd,
+        _wide(weight, x),
+        _wide(bias, x),
+        dense_like(residual, x),
+        None,
+        _wide(slope, x),
+        number(activation),
+        negative_slope,
+    )
+    y, mask = kernels.fwd_apply(site, save and residual is not None and is_masked(activation))
+    return y, mean, var, invstd, count, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
+
+
+def backward(
+    kernels: Kernels,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    count: Tensor,
+    mask: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    training: bool,
+    group: str,
+    eps: float,
+    want_dx: bool,
+    want_sums: bool,
+    want_dresidual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``batch_norm_act_bwd`` on the kernels of a backend; see ``ops/batch_norm_act.py``."""
+    dy, site = _backward_site(
+        dy, x, weight, bias, residual, slope, mean, invstd, mask, activation, negative_slope
+    )
+    empty = x.new_empty(0)
+    dx, dweight, dbias, dslope, dresidual = empty, empty, empty, empty, empty
+    zero = torch.zeros_like(mean)
+    scale = invstd if site.weight is None else invstd * site.weight
+    k = torch.stack([scale, zero, zero])
+    if want_sums or (training and want_dx):
+        sums = kernels.bwd_reduce(dy, site)
+        if training:
+            total = _over_ranks(sums[:2], group) / count
+            k[1:] = -scale * total
+    if want_sums:
+        dweight = empty if weight is None else sums[1].to(weight.dtype, copy=True)
+        dbias = empty if bias is None else sums[0].to(bias.dtype, copy=True)
+        dslope = empty if slope is None else _of_slope(sums[2], slope)
+    if want_dx or want_dresidual:
+        dx, g = kernels.bwd_apply(dy, site, k, want_dresidual)
+        dresidual = empty if g is None else g
+    return dx, dweight, dbias, dslope, dresidual
+
+
+def _backward_site(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    mask: Tensor | None,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Site]:
+    x = dense(x)
+    like_x = dense_like(dy, x)
+    assert like_x is not None
+    residual = None if mask is not None else dense_like(residual, x)
+    affine = _wide(weight, x), _wide(bias, x), residual, mask, _wide(slope, x)
+    return like_x, Site(x, mean, invstd, *affine, number(activation), negative_slope)
+
+
+def _of_slope(per_channel: Tensor, slope: Tensor) -> Tensor:
+    whole = per_channel.sum(0, keepdim=True) if slope.numel() == 1 else per_channel
+    return whole.to(slope.dtype, copy=True)
+
+
+def second_order(
+    kernels: Kernels,
+    v_dx: Tensor | None,
+    v_dweight: Tensor | None,
+    v_dbias: Tensor | None,
+    v_dslope: Tensor | None,
+    v_dresidual: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    count: Tensor,
+    mask: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    training: bool,
+    group: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``batch_norm_act_bwd_bwd`` on the kernels of a backend; see ``ops/batch_norm_act.py``."""
+    dy, site = _backward_site(
+        dy, x, weight, bias, residual, slope, mean, invstd, mask, activation, negative_slope
+    )
+    v, v_r = dense_like(v_dx, site.x), dense_like(v_dresidual, site.x)
+    zero = torch.zeros_like(mean)
+
+    def cotangent(t: Tensor | None) -> Tensor:
+        return zero if t is None else t.to(zero.dtype).expand_as(zero)
+
+    sums = kernels.bwd_bwd_reduce(v, v_r, dy, site)
+    smooth = activation not in PIECEWISE_LINEAR
+    given = cotangent(v_dweight), cotangent(v_dbias), cotangent(v_dslope)
+    w = torch.ones_like(mean) if site.weight is None else site.weight
+    k, a_w, a_z, a_slope = second_order_coefficients(sums, *given, w, invstd, count, smooth, training, group)
+    a_x, a_dy, a_r = kernels.bwd_bwd_apply(v, v_r, dy, site, k)
+    empty = x.new_empty(0)
+    return (
+        a_dy,
+        a_x,
+        empty if weight is None else a_w.to(weight.dtype),
+        empty if bias is None or is_linear(activation) else a_z.to(bias.dtype),
+        empty if a_r is None or is_linear(activation) else a_r,
+        empty if slope is None else _of_slope(a_slope, slope),
+    )
+
+
+def is_linear(activation: str) -> bool:
+    """Whether the adjoint of z is zero: a fixed slope on either side."""
+    return activation in PIECEWISE_LINEAR and activation != "prelu"
+
+
+def second_order_coefficients(
+    sums: Tensor,
+    v_w: Tensor,
+    v_b: Tensor,
+    v_a: Tensor,
+    w: Tensor,
+    s: Tensor,
+    count: Tensor,
+    smooth: bool,
+    training: bool,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(k (9, C), a_w (C,), sum of a_z (C,), a_slope (C,)) from the sums of `Kernels.bwd_bwd_reduce`.
+
+    ``s`` is invstd; every other argument but ``count`` is (C,), of this rank.
+    """
+    zero = torch.zeros_like(s)
+    ws = w * s
+    t1, t2, s1, s2, gv = sums[:5]
+    h0, h1, h2, hv0, hv1 = sums[5:10] if len(sums) > 5 else (zero,) * 5
+    hr0, hr1 = sums[10:12] if len(sums) > 10 else (zero, zero)
+    # a_z = h q, with q = ws (V - T1/N - xhat T2/N) + v_w xhat + v_b + v_r: what of its sums needs no other rank
+    if smooth:
+        fixed0, fixed1 = v_w * h1 + v_b * h0 + hr0, v_w * h2 + v_b * h1 + hr1
+    else:
+        fixed0, fixed1 = v_a * h0, v_a * h1
+    if not training:
+        sum_z0, sum_z1 = (ws * hv0 + fixed0, ws * hv1 + fixed1) if smooth else (fixed0, fixed1)
+        a_slope = ws * hv0 + v_w * h1 + v_b * h0 + hr0
+        k = torch.stack([ws, v_b, v_w, v_a, zero, s * v_w, ws, zero, zero])
+        return k, s * gv + sum_z1, sum_z0, a_slope
+
+    local = torch.stack(
+        [t1, t2, s1, s2, gv, h0, h1, h2, hv0, hv1, v_w * s1 + w * fixed0, v_w * s2 + w * fixed1]
+    )
+    total = _over_ranks(local, group)
+    n_t1, n_t2, n_s1, n_s2 = (total[:4] / count).unbind()  # means over the batch
+    k1, k2 = v_b - ws * n_t1, v_w - ws * n_t2
+    sum_e0 = total[10] - ws * (n_t1 * total[3] + n_s1 * total[1])
+    sum_e1 = total[11] - 2 * ws * n_t2 * total[3]
+    sum_z0, sum_z1 = fixed0, fixed1
+    if smooth:
+        sum_e0 = sum_e0 + w * ws * (total[8] - n_t1 * total[5] - n_t2 * total[6])
+        sum_e1 = sum_e1 + w * ws * (total[9] - n_t1 * total[6] - n_t2 * total[7])
+        sum_z0 = ws * (hv0 - n_t1 * h0 - n_t2 * h1) + fixed0
+        sum_z1 = ws * (hv1 - n_t1 * h1 - n_t2 * h2) + fixed1
+    d = w * (total[4] - n_s1 * total[0] - n_s2 * total[1])
+    k7 = -s * sum_e0 / count
+    k8 = -s * (sum_e1 + s * d) / count
+    k = torch.stack([ws, k1, k2, v_a, -s * ws * n_s2, s * k2, ws, k7, k8])
+    a_w = s * (gv - t1 * n_s1 - t2 * n_s2) + sum_z1
+    a_slope = ws * (hv0 - n_t1 * h0 - n_t2 * h1) + v_w * h1 + v_b * h0 + hr0
+    return k, a_w, sum_z0, a_slope
