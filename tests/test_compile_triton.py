@@ -19,9 +19,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from fuseblock.kernels import lstm_gates, lstm_recurrence
+from fuseblock.kernels import batch_norm_act, channel_tiles, lstm_gates, lstm_recurrence
 
-from fuseblock.launch import _triton
+from fuseblock._activations import number
+from fuseblock.launch import _triton, triton_batch_norm_act
 from fuseblock.launch.triton_lstm_recurrence import (
     PersistentConfig,
     persistent_config,
@@ -44,6 +45,22 @@ STATE_POINTERS = {
     "lstm_recurrence_fwd_kernel": {"c0_ptr", "c_n_ptr", "c_ptr"},
     "lstm_recurrence_bwd_kernel": {"dc_n_ptr", "d_c_ptr", "c_ptr", "c0_ptr", "dc0_ptr"},
 }  # fmt: skip
+_PER_CHANNEL = {
+    "mean_ptr",
+    "invstd_ptr",
+    "weight_ptr",
+    "bias_ptr",
+    "slope_ptr",
+    "k_ptr",
+    "partial_ptr",
+    "out_ptr",
+}
+STATE_POINTERS |= {k: _PER_CHANNEL for k in vars(batch_norm_act) if k.endswith("_kernel")}
+
+#: Pointers of other types.
+FIXED_POINTERS = {"lengths_ptr": "*i64", "mask_ptr": "*u8"}
+#: Integers that are not specialised on divisibility.
+NOT_SPECIALISED = ("rows", "t", "n_steps", "batch", "samples", "chunks", "programs")
 
 #: Pointers that the op lstm_gates leaves out; the recurrence's steps may need all of them.
 ABSENT_IN_OP = {
@@ -67,18 +84,20 @@ def _job(
     **constants: Any,
 ) -> dict[str, Any]:
     """A job of triton_aot, with pointers and integers typed by their names."""
-    values: dict[str, Any] = dict.fromkeys(absent) | constants | {"ALIGNED": aligned}
+    values: dict[str, Any] = dict.fromkeys(absent) | constants
+    if "ALIGNED" in getattr(module, kernel).arg_names:
+        values["ALIGNED"] = aligned
     signature, divisible = {}, []
     for name in getattr(module, kernel).arg_names:
         if name in values:
             signature[name] = "constexpr"
-        elif name == "lengths_ptr":
-            signature[name] = "*i64"
+        elif name in FIXED_POINTERS:
+            signature[name] = FIXED_POINTERS[name]
         elif name.endswith("_ptr"):
             signature[name] = "*" + (STATE[dtype] if name in STATE_POINTERS[kernel] else dtype)
         else:
             signature[name] = "i32"
-            if aligned and name not in ("rows", "t", "n_steps", "batch"):
+            if aligned and name not in NOT_SPECIALISED:
                 divisible.append(name)
     shown = ", ".join(f"{k}={v}" for k, v in constants.items())
     without = f" without {sorted(absent)}" if absent else ""
@@ -137,9 +156,80 @@ def _one_unit_jobs() -> Iterator[dict[str, Any]]:
         yield _job(lstm_recurrence, kernel, 90, "fp32", set(), False, {}, 65536, **constants)
 
 
+def _norm_jobs(
+    arch: int, dtype: str, aligned: bool, row: int, layout: int, activation: str, saved: str
+) -> Iterator[dict[str, Any]]:
+    """The six kernels of batch_norm_act where rows of tiles have `row` elements; `saved`: what is kept of a residual."""
+    absent = {
+        "residual_ptr": saved != "residual",
+        "mask_ptr": saved != "mask",
+        "slope_ptr": activation != "prelu",
+    }
+    absent |= {
+        "v_residual_ptr": saved == "",
+        "dresidual_ptr": saved == "",
+        "a_residual_ptr": saved != "residual",
+    }
+    activated = {"ACT": number(activation), "NEGATIVE_SLOPE": 0.01, "ONE_SLOPE": False}
+    many = activation in ("prelu", "silu", "tanh", "elu")
+    sums = {"SUMS": 5 if not many else 12 if saved else 10}
+    for kernel in sorted(k for k in STATE_POINTERS if k.startswith("batch_norm_act") and "combine" not in k):
+        tile = triton_batch_norm_act.SECOND_TILE if "bwd_bwd" in kernel else triton_batch_norm_act.TILE
+        tile = triton_batch_norm_act.tile_elements(tile, torch.float64 if dtype == "fp64" else torch.float32)
+        block, other = triton_batch_norm_act.gpu_blocks(layout, row, 1 << 20, tile)
+        rows_first = layout == channel_tiles.ROWS.value
+        blocks = {"BLOCK_C": other if rows_first else block, "BLOCK_S": block if rows_first else other}
+        constants = blocks | {"LAYOUT": layout, "DTYPE": STATE[dtype]}
+        if kernel != "batch_norm_act_stats_kernel":
+            constants |= activated | (sums if "bwd_bwd_reduce" in kernel else {})
+        missing = {p for p, is_absent in absent.items() if is_absent}
+        if kernel == "batch_norm_act_fwd_kernel" and saved == "mask":
+            missing -= {"residual_ptr"}
+        missing &= set(getattr(batch_norm_act, kernel).arg_names)
+        yield _job(
+            batch_norm_act, kernel, arch, dtype, missing, aligned, {"num_warps": 4}, 65536, **constants
+        )
+
+
+def _flat_and_combining_jobs(arch: int) -> Iterator[dict[str, Any]]:
+    flat = {"LAYOUT": channel_tiles.FLAT.value, "BLOCK_C": 1, "BLOCK_S": triton_batch_norm_act.TILE}
+    constants = flat | {"ACT": number("relu"), "NEGATIVE_SLOPE": 0.01, "ONE_SLOPE": False, "DTYPE": "fp32"}
+    options: dict[str, int | None] = {"num_warps": 4}
+    forward = "batch_norm_act_fwd_kernel"
+    yield _job(batch_norm_act, forward, arch, "bf16", {"slope_ptr"}, False, options, 65536, **constants)
+    combining = {"BLOCK_C": 32, "BLOCK_P": triton_batch_norm_act.COMBINE_TILE // 32}
+    for dtype in ("fp32", "fp64"):
+        constants = combining | {"DTYPE": dtype}
+        kernel = "batch_norm_act_combine_kernel"
+        yield _job(batch_norm_act, kernel, arch, dtype, set(), False, options, 65536, **constants)
+
+
+def _usual_norm_jobs() -> Iterator[dict[str, Any]]:
+    """The largest sums and tiles; misaligned rows."""
+    rows, last = channel_tiles.ROWS.value, channel_tiles.CHANNELS_LAST.value
+    for arch in ARCHITECTURES:
+        yield from _norm_jobs(arch, "bf16", True, 128, last, "silu", "residual")
+    yield from _norm_jobs(90, "fp32", True, 4096, rows, "prelu", "residual")
+    yield from _norm_jobs(90, "fp64", True, 64, last, "silu", "residual")
+    yield from _norm_jobs(90, "bf16", False, 49, rows, "leaky_relu", "mask")
+    yield from _flat_and_combining_jobs(90)
+
+
+def _all_norm_jobs() -> Iterator[dict[str, Any]]:
+    for arch, dtype, layout, row in itertools.product(ARCHITECTURES, STATE, (0, 1), (16, 64, 4096)):
+        for activation, saved in (("identity", ""), ("leaky_relu", "mask"), ("prelu", "residual")):
+            yield from _norm_jobs(arch, dtype, True, row, layout, activation, saved)
+    for arch, dtype, activation in itertools.product(ARCHITECTURES, STATE, ("silu", "tanh", "elu")):
+        for layout, row in ((0, 49), (1, 3)):
+            yield from _norm_jobs(arch, dtype, False, row, layout, activation, "residual")
+    for arch in ARCHITECTURES:
+        yield from _flat_and_combining_jobs(arch)
+
+
 def _usual_jobs() -> Iterator[dict[str, Any]]:
     """The largest tiles; float64 on one architecture, and not float16, whose code is bfloat16's."""
     yield from _one_unit_jobs()
+    yield from _usual_norm_jobs()
     yield from _step_jobs(90, "fp64", hidden=128, aligned=True)
     for arch, dtype in itertools.product(ARCHITECTURES, ("fp32", "bf16")):
         yield from _step_jobs(arch, dtype, hidden=128, aligned=True)
@@ -150,6 +240,7 @@ def _usual_jobs() -> Iterator[dict[str, Any]]:
 
 
 def _all_jobs() -> Iterator[dict[str, Any]]:
+    yield from _all_norm_jobs()
     for arch, dtype, hidden in itertools.product(ARCHITECTURES, STATE, (16, 32, 64, 128)):
         for aligned in (True, False):
             yield from _step_jobs(arch, dtype, hidden, aligned)
@@ -191,7 +282,7 @@ def _check(jobs: list[dict[str, Any]], tmp_path: Path, record: Any) -> None:
     for job, result in zip(jobs, results, strict=True):
         assert result["shared"] <= job["shared"] <= SHARED_LIMIT[job["arch"]], report
         # Alignment must reach the memory instructions, through masks and strides.
-        assert result["wide"] or not job["constants"]["ALIGNED"], f"narrow accesses: {result['name']}"
+        assert result["wide"] or not job["constants"].get("ALIGNED"), f"narrow accesses: {result['name']}"
 
 
 def test_usual_configurations_do_not_spill(tmp_path: Path, record_property: Any) -> None:
