@@ -1,4 +1,4 @@
-"""`fuse` and `unfuse`: swap the LSTM modules of an existing model for fuseblock's, in place, and back."""
+"""`fuse` and `unfuse`: swap the modules of an existing model for fuseblock's, in place, and back."""
 
 from __future__ import annotations
 
@@ -7,11 +7,36 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import parametrize
 
-from .nn import LSTM, LSTMCell
+from . import nn
+from ._pairs import NORMS, find_pairs
+from .nn.activation import APPLIED
 
-_FUSED: dict[type, type] = {torch.nn.LSTM: LSTM, torch.nn.LSTMCell: LSTMCell}
+_FUSED: dict[type, type] = {
+    torch.nn.LSTM: nn.LSTM,
+    torch.nn.LSTMCell: nn.LSTMCell,
+    torch.nn.Conv1d: nn.Conv1d,
+    torch.nn.Conv2d: nn.Conv2d,
+    torch.nn.ConvTranspose1d: nn.ConvTranspose1d,
+    torch.nn.ConvTranspose2d: nn.ConvTranspose2d,
+    torch.nn.BatchNorm1d: nn.BatchNormAct1d,
+    torch.nn.BatchNorm2d: nn.BatchNormAct2d,
+    torch.nn.BatchNorm3d: nn.BatchNormAct3d,
+    torch.nn.InstanceNorm1d: nn.InstanceNormAct1d,
+    torch.nn.InstanceNorm2d: nn.InstanceNormAct2d,
+    torch.nn.LeakyReLU: nn.LeakyReLU,
+}
 _STOCK: dict[type, type] = {fused: stock for stock, fused in _FUSED.items()}
-_RECURRENT = (torch.nn.RNNBase, torch.nn.RNNCellBase)
+_UNAPPLIED: dict[type, type] = {applied: stock for stock, applied in APPLIED.items()}
+
+#: What is listed when it is left: the kinds of module that a reader expects to be swapped.
+_KINDS = (
+    torch.nn.RNNBase,
+    torch.nn.RNNCellBase,
+    torch.nn.modules.conv._ConvNd,
+    torch.nn.modules.batchnorm._BatchNorm,
+    torch.nn.modules.instancenorm._InstanceNorm,
+    torch.nn.LeakyReLU,
+)
 
 
 @dataclass(frozen=True)
@@ -46,22 +71,27 @@ class FuseReport:
 
 
 def fuse(model: torch.nn.Module, *, verbose: bool = True) -> FuseReport:
-    """Make every `torch.nn.LSTM` and `torch.nn.LSTMCell` in ``model`` a `fuseblock.nn` one, in place.
+    """Make the modules in ``model`` that fuseblock has kernels for `fuseblock.nn` ones, in place.
 
-    Only the class of each module object changes. Parameters, buffers, hooks, names, training mode, device,
-    sharing between modules and an optimizer's references stay as they are, and ``model`` itself may be an
-    LSTM. Modules with parametrizations are swapped too.
+    Swapped are `torch.nn.LSTM`, `LSTMCell`, `Conv1d`, `Conv2d`, `ConvTranspose1d`, `ConvTranspose2d`, `BatchNorm1d` to
+    `3d`, `InstanceNorm1d`, `2d` and `LeakyReLU`. Where an activation (ReLU, LeakyReLU, PReLU, SiLU, Tanh, ELU) follows a
+    norm directly, in a `torch.nn.Sequential` or in a forward that `torch.fx` can trace, the norm applies it and the
+    activation's module passes its input on.
 
-    Left alone, with the reason in the report: subclasses (their forward may differ), modules whose
-    ``forward`` was replaced on the instance, TorchScript and quantized modules, and other recurrent modules
-    such as `torch.nn.GRU`.
+    Only the class of each module object changes (and a norm gets a reference to its activation). Parameters, buffers,
+    ``state_dict`` keys, hooks, names, training mode, device, sharing between modules and an optimizer's references stay as
+    they are, and ``model`` itself may be such a module. Modules with parametrizations are swapped too.
+
+    Left alone, with the reason in the report: subclasses (their forward may differ), modules whose ``forward`` was
+    replaced on the instance, TorchScript and quantized modules, kinds without a fused version such as `torch.nn.GRU`, and
+    pairs of norm and activation with hooks on them, in several places, or called several times.
 
     Args:
         model: any module.
         verbose: print the report.
 
     Returns:
-        FuseReport: ``swapped`` and ``skipped`` entries; only recurrent modules are listed.
+        FuseReport: ``swapped`` and ``skipped`` entries; modules of other kinds are not listed.
 
     Raises:
         TypeError: ``model`` is not a `torch.nn.Module`.
@@ -77,25 +107,58 @@ def fuse(model: torch.nn.Module, *, verbose: bool = True) -> FuseReport:
         >>> type(model["rnn"])
         <class 'torch.nn.modules.rnn.LSTM'>
     """
-    return _swap(model, "fuse", _FUSED, verbose)
+    _check("fuse", model)
+    applied, apart = [], []
+    for pair in find_pairs(model):
+        entry = (pair.act_name, _class_name(pair.act))
+        if pair.reason is not None:
+            apart.append(FuseEntry(*entry, f"not applied by {pair.norm_name}: {pair.reason}"))
+            continue
+        pair.norm.applies = (pair.act,)  # type: ignore[assignment]
+        pair.act.__class__ = APPLIED[type(pair.act)]
+        applied.append(FuseEntry(*entry, f"applied by {pair.norm_name}"))
+    swapped, skipped = _swap(model, _FUSED, _KINDS)
+    swapped, skipped = swapped + applied, skipped + apart
+    return _reported(FuseReport("fuse", tuple(swapped), tuple(skipped)), verbose)
 
 
 def unfuse(model: torch.nn.Module, *, verbose: bool = True) -> FuseReport:
-    """Make every `fuseblock.nn.LSTM` and `fuseblock.nn.LSTMCell` in ``model`` a `torch.nn` one, in place.
+    """Make the `fuseblock.nn` modules in ``model`` `torch.nn` ones, in place.
 
     The exact inverse of `fuse`. Modules that were constructed as `fuseblock.nn` ones become stock modules
     as well, since what asks for it (``torch.jit.script``, ONNX export) needs a model without custom
-    operators; `fuse` brings them back. Arguments, result and errors are those of `fuse`.
+    operators; `fuse` brings them back. Left is a norm constructed with an activation that has no module of its own (in a
+    `fuseblock.nn.Conv2dBlock` it has one). Arguments, result and errors are those of `fuse`.
     """
-    return _swap(model, "unfuse", _STOCK, verbose)
+    _check("unfuse", model)
+    swapped, skipped = _swap(model, _STOCK | _UNAPPLIED, tuple(_STOCK | _UNAPPLIED))
+    for module in model.modules():
+        if type(module) in NORMS:
+            module.__dict__.pop("applies", None)
+    return _reported(FuseReport("unfuse", tuple(swapped), tuple(skipped)), verbose)
 
 
-def _swap(model: torch.nn.Module, action: str, targets: dict[type, type], verbose: bool) -> FuseReport:
+def _check(action: str, model: object) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{action}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _reported(report: FuseReport, verbose: bool) -> FuseReport:
+    if verbose:
+        print(report)
+    return report
+
+
+def _swap(
+    model: torch.nn.Module, targets: dict[type, type], kinds: tuple[type, ...]
+) -> tuple[list[FuseEntry], list[FuseEntry]]:
+    """Change the classes named in ``targets``; what was swapped, and what of ``kinds`` was left."""
     swapped, skipped = [], []
     for name, module in list(model.named_modules()):
-        if not (_is_recurrent(module) if action == "fuse" else isinstance(module, tuple(targets))):
+        listed = isinstance(module, kinds)
+        if targets is _FUSED:
+            listed = (listed and type(module) not in _UNAPPLIED) or _is_compiled_lstm(module)
+        if not listed:
             continue
         before = _class_name(module)
         reason = _obstacle(module, targets)
@@ -104,15 +167,10 @@ def _swap(model: torch.nn.Module, action: str, targets: dict[type, type], verbos
             swapped.append(FuseEntry(name, before, _class_name(module)))
         else:
             skipped.append(FuseEntry(name, before, reason))
-    report = FuseReport(action, tuple(swapped), tuple(skipped))
-    if verbose:
-        print(report)
-    return report
+    return swapped, skipped
 
 
-def _is_recurrent(module: torch.nn.Module) -> bool:
-    if isinstance(module, _RECURRENT):
-        return True
+def _is_compiled_lstm(module: torch.nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return module.original_name in ("LSTM", "LSTMCell")
     return type(module).__module__.startswith("torch.ao.nn") and "LSTM" in type(module).__name__
@@ -128,12 +186,15 @@ def _obstacle(module: torch.nn.Module, targets: dict[type, type]) -> str | None:
     if cls in targets:
         if "forward" in module.__dict__:
             return "its forward was replaced on the instance, so a change of class would have no effect"
+        if not getattr(module, "applies", ()) and getattr(module, "activation", "identity") != "identity":
+            return "it applies an activation that has no module of its own"
         return None
     if cls in targets.values():
         return "it is one already"
-    if not isinstance(module, (torch.nn.LSTM, torch.nn.LSTMCell)):
+    nearest = next((base for base in cls.__mro__ if base in _FUSED or base in _STOCK), None)
+    if nearest is None:
         return "fuseblock has no fused version of it"
-    return f"a subclass of {_qualified(_nearest(cls))}; its forward may differ"
+    return f"a subclass of {_qualified(nearest)}; its forward may differ"
 
 
 def _plain_class(module: torch.nn.Module) -> type:
@@ -150,10 +211,6 @@ def _counterpart(cls: type, targets: dict[type, type]) -> type:
     return type(cls.__name__, (targets[cls.__bases__[0]],), namespace)
 
 
-def _nearest(cls: type) -> type:
-    return next(base for base in cls.__mro__ if base in _FUSED or base in _STOCK)
-
-
 def _class_name(module: torch.nn.Module) -> str:
     if isinstance(module, torch.jit.ScriptModule):
         return f"torch.jit.ScriptModule of {module.original_name}"
@@ -163,10 +220,7 @@ def _class_name(module: torch.nn.Module) -> str:
 
 def _qualified(cls: type) -> str:
     """The public name: torch.nn.LSTM rather than torch.nn.modules.rnn.LSTM."""
-    for package, names in (
-        ("torch.nn", vars(torch.nn)),
-        ("fuseblock.nn", {"LSTM": LSTM, "LSTMCell": LSTMCell}),
-    ):
-        if names.get(cls.__name__) is cls:
-            return f"{package}.{cls.__name__}"
+    for package in (torch.nn, nn):
+        if vars(package).get(cls.__name__) is cls:
+            return f"{package.__name__}.{cls.__name__}"
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -2,15 +2,39 @@
 names.
 """
 
+from .activation import LeakyReLU
+from .blocks import Conv1dBlock, Conv2dBlock, ConvTranspose1dBlock, ConvTranspose2dBlock, ResidualBlock2d
 from .conv import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
+from .folding import fold_batch_norm
 from .lstm import LSTM
 from .lstm_cell import LSTMCell
+from .norm_act import (
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    BiasAct2d,
+    InstanceNormAct1d,
+    InstanceNormAct2d,
+)
 
 __all__ = [
     "LSTM",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "BiasAct2d",
     "Conv1d",
+    "Conv1dBlock",
     "Conv2d",
+    "Conv2dBlock",
     "ConvTranspose1d",
+    "ConvTranspose1dBlock",
     "ConvTranspose2d",
+    "ConvTranspose2dBlock",
+    "InstanceNormAct1d",
+    "InstanceNormAct2d",
     "LSTMCell",
+    "LeakyReLU",
+    "ResidualBlock2d",
+    "fold_batch_norm",
 ]

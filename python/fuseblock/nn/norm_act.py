@@ -1,0 +1,246 @@
+"""Normalisation with its activation in one pass: drop-in for torch.nn's batch norm and instance norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from .._activations import activate, check_activation
+from .activation import name_of
+
+
+class _WithActivation(torch.nn.Module):
+    """The activation of a normalising module. The defaults serve modules whose class was changed by `fuseblock.fuse`."""
+
+    activation: str = "identity"
+    negative_slope: float = 0.01
+    #: The module behind this one whose activation is applied here; a tuple, since it is registered elsewhere.
+    applies: tuple[torch.nn.Module, ...] = ()
+
+    def _set_activation(
+        self, activation: str, negative_slope: float, applies: torch.nn.Module | None, **factory: Any
+    ) -> None:
+        prelu = activation == "prelu"
+        check_activation(type(self).__name__, activation, torch.empty(1) if prelu else None, 1)
+        if applies is not None:
+            self.applies = (applies,)
+            return
+        self.activation, self.negative_slope = activation, negative_slope
+        if prelu:
+            self.slope = torch.nn.Parameter(torch.full((1,), 0.25, **factory))
+
+    def activation_arguments(self) -> dict[str, Any]:
+        """``activation``, ``negative_slope`` and ``slope`` as the functions take them."""
+        if not self.applies:
+            slope = self.slope if self.activation == "prelu" else None
+            return {"activation": self.activation, "negative_slope": self.negative_slope, "slope": slope}
+        (module,) = self.applies
+        return {
+            "activation": name_of(module),
+            "negative_slope": getattr(module, "negative_slope", 0.01),
+            "slope": module.weight if isinstance(module, torch.nn.PReLU) else None,
+        }
+
+    def extra_repr(self) -> str:
+        """The stock module's, and the activation where it has no module of its own."""
+        text = super().extra_repr()
+        if self.applies or self.activation == "identity":
+            return text
+        slope = f"({self.negative_slope})" if self.activation == "leaky_relu" else ""
+        return f"{text}, activation={self.activation}{slope}"
+
+
+class _BatchNormAct(_WithActivation, torch.nn.modules.batchnorm._BatchNorm):
+    process_group: Any = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        activation: str = "identity",
+        negative_slope: float = 0.01,
+        *,
+        applies: torch.nn.Module | None = None,
+        process_group: Any = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        self._set_activation(activation, negative_slope, applies, device=device, dtype=dtype)
+        if process_group is not None:
+            self.process_group = process_group
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(batch_norm(input) + residual); shapes and errors as in the class."""
+        self._check_input_dim(input)
+        tracked = self.track_running_stats or not self.training
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        return functional.batch_norm_act(
+            input,
+            self.weight,
+            self.bias,
+            residual,
+            running_mean=self.running_mean if tracked else None,
+            running_var=self.running_var if tracked else None,
+            training=self.training or (self.running_mean is None and self.running_var is None),
+            momentum=momentum,
+            eps=self.eps,
+            process_group=self.process_group,
+            **self.activation_arguments(),
+        )
+
+
+class BatchNormAct2d(_BatchNormAct, torch.nn.BatchNorm2d):
+    r"""A drop-in replacement of :class:`torch.nn.BatchNorm2d` with an activation behind it, in one pass.
+
+    .. math:: y = \mathrm{act}\left(\gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + r\right)
+
+    with the batch's mean and biased variance per channel in training, the running ones in eval mode, and an optional
+    residual r, ``forward(input, residual)``. As it stands (``activation="identity"``) it is `torch.nn.BatchNorm2d`:
+    same arguments, parameters, buffers, ``state_dict`` and results.
+
+    For backward only the input, per-channel statistics and, with a residual, one bit per element (smooth activations:
+    the residual) are saved. Running buffers are not: two forwards before one backward work under
+    DistributedDataParallel. Differentiable twice, by fused kernels (`fuseblock.functional.batch_norm_act`).
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as in `torch.nn.BatchNorm2d`.
+        activation: identity, relu, leaky_relu, prelu, silu, tanh or elu.
+        negative_slope: of leaky_relu.
+        applies: the activation module behind this one, whose activation is applied here in place of ``activation`` (it must
+            do nothing itself: `fuseblock.nn.activation`). Without it prelu has a parameter ``slope`` (1,).
+        process_group: statistics are synchronised over it (CPU and GPU, also in second derivatives); None: they are not.
+
+    Shape: ``input`` and ``residual`` (N, C, H, W), contiguous or channels-last; so is the output.
+
+    Raises:
+        ValueError: an unknown activation; an input that is not 4-D; one value per channel in training.
+    """
+
+
+class BatchNormAct1d(_BatchNormAct, torch.nn.BatchNorm1d):
+    """`BatchNormAct2d` for (N, C) and (N, C, L): a drop-in replacement of `torch.nn.BatchNorm1d`."""
+
+
+class BatchNormAct3d(_BatchNormAct, torch.nn.BatchNorm3d):
+    """`BatchNormAct2d` for (N, C, D, H, W): a drop-in replacement of `torch.nn.BatchNorm3d`."""
+
+
+class _InstanceNormAct(_WithActivation, torch.nn.modules.instancenorm._InstanceNorm):
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        activation: str = "identity",
+        negative_slope: float = 0.01,
+        *,
+        applies: torch.nn.Module | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        self._set_activation(activation, negative_slope, applies, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(instance_norm(input) + residual); shapes and errors as in the class."""
+        self._check_input_dim(input)
+        act = self.activation_arguments()
+        batched = input.dim() != self._get_no_batch_dim()
+        if (
+            residual is None
+            and batched
+            and not self.track_running_stats
+            and input.shape[1] == self.num_features
+        ):
+            return functional.instance_norm_act(input, self.weight, self.bias, eps=self.eps, **act)
+        # Running statistics and what torch.nn judges (unbatched, wrong channels) are left to it.
+        normalised = super().forward(input)
+        summed = normalised if residual is None else normalised + residual
+        slope = act.pop("slope")
+        if slope is not None and slope.numel() > 1:
+            slope = slope.view(-1, *[1] * (input.dim() - 1 - batched))
+        return activate(summed, act["activation"], act["negative_slope"], slope)
+
+
+class InstanceNormAct2d(_InstanceNormAct, torch.nn.InstanceNorm2d):
+    r"""A drop-in replacement of :class:`torch.nn.InstanceNorm2d` with an activation behind it, in one pass.
+
+    .. math:: y = \mathrm{act}\left(\gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + r\right)
+
+    with mean and biased variance per sample and channel. Channels-last input is not copied. Arguments beyond the stock
+    ones as in `BatchNormAct2d`; scale and shift per sample (adaptive instance norm):
+    `fuseblock.functional.instance_norm_act`. With ``track_running_stats`` PyTorch's own norm runs.
+
+    Shape: ``input`` and ``residual`` (N, C, H, W) or (C, H, W); so is the output.
+    """
+
+
+class InstanceNormAct1d(_InstanceNormAct, torch.nn.InstanceNorm1d):
+    """`InstanceNormAct2d` for (N, C, L): a drop-in replacement of `torch.nn.InstanceNorm1d`."""
+
+
+class BiasAct2d(torch.nn.Module):
+    r"""Bias, activation, gain and clamp in one pass, for convolutions without bias and norm.
+
+    .. math:: y = \mathrm{clamp}(g \cdot \mathrm{act}(x + b), -c, c)
+
+    Args:
+        num_features: channels C.
+        activation, negative_slope: as in `BatchNormAct2d`; prelu has a parameter ``slope`` (1,).
+        gain, clamp: g and c; None does not clamp.
+
+    Shape: (N, C, H, W) or any (N, C, ...); the output alike. Parameter: ``bias`` (C,), zeros at first.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        activation: str = "leaky_relu",
+        negative_slope: float = 0.2,
+        gain: float = 1.0,
+        clamp: float | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        check_activation("BiasAct2d", activation, torch.empty(1) if activation == "prelu" else None, 1)
+        self.num_features, self.activation, self.negative_slope = num_features, activation, negative_slope
+        self.gain, self.clamp = gain, clamp
+        self.bias = torch.nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        slope = torch.full((1,), 0.25, device=device, dtype=dtype) if activation == "prelu" else None
+        self.slope: torch.nn.Parameter | None
+        self.register_parameter("slope", None if slope is None else torch.nn.Parameter(slope))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See the class."""
+        return functional.bias_act(
+            input,
+            self.bias,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            slope=self.slope,
+            gain=self.gain,
+            clamp=self.clamp,
+        )
+
+    def extra_repr(self) -> str:
+        """Its arguments."""
+        return (
+            f"{self.num_features}, activation={self.activation}, negative_slope={self.negative_slope}, "
+            f"gain={self.gain}, clamp={self.clamp}"
+        )
