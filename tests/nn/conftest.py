@@ -6,13 +6,22 @@ from collections.abc import Iterator
 
 import pytest
 
-from fuseblock import _ext, backend
+from fuseblock import backend
+
+from ..backends import DEVICE, available
 
 
-@pytest.fixture(params=["auto", "reference", "cpu"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise `engine`: the backends of a CPU-only machine, and those that ``also_on`` adds to a test."""
+    if "engine" in metafunc.fixturenames:
+        added = [name for mark in metafunc.definition.iter_markers("also_on") for name in mark.args]
+        metafunc.parametrize("engine", ["auto", "reference", "cpu", *added], indirect=True)
+
+
+@pytest.fixture
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test once as a user would and once on each backend that a CPU-only machine has."""
-    if request.param == "cpu" and not _ext.has("fuseblock_cpu", "lstm_recurrence"):
-        pytest.skip(_ext.why_not or "the compiled library has no CPU kernels")
-    with backend(request.param):
+    """Run the test once as a user would and once on each of its backends, always on CPU tensors."""
+    if request.param in ("triton", "cuda") and DEVICE == "cuda":
+        pytest.skip("it is neither interpreted nor emulated on this machine")
+    with available(request.param), backend(request.param):
         yield request.param

@@ -69,6 +69,7 @@ def test_equals_packing(engine: str, seed: int) -> None:
     check_against_stock(Padded(stock, lengths), Lengths(ours, lengths), args)
 
 
+@pytest.mark.also_on("cuda", "triton")
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_length_zero(engine: str, bidirectional: bool) -> None:
     """A row without steps: no output, the state passes through, gradients too."""

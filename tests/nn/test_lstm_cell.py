@@ -74,6 +74,7 @@ def test_layouts(engine: str) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.also_on("cuda", "triton")
 def test_loop_of_steps(engine: str) -> None:
     stock, ours = twins(torch.nn.LSTMCell, 3, 4)
 

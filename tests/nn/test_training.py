@@ -48,18 +48,29 @@ def test_dropout_one_and_lengths(engine: str) -> None:
     assert torch.equal(a, b)
 
 
+@pytest.mark.also_on("aten", "cuda")
 def test_backward_in_eval_mode(engine: str) -> None:
     stock, ours = twins(torch.nn.LSTM, 4, 3, num_layers=2, bidirectional=True)
     check_against_stock(stock.eval(), ours.eval(), (torch.randn(5, 2, 4),))
 
 
+@pytest.mark.also_on("aten", "cuda")
 @pytest.mark.parametrize(
     "options", [{}, {"num_layers": 2, "bidirectional": True}, {"proj_size": 2, "bias": False}]
 )
 def test_gradient_penalty(engine: str, options: dict) -> None:
+    check_gradient_penalty(6, options)
+
+
+@pytest.mark.also_on("triton")
+def test_gradient_penalty_of_two_steps(engine: str) -> None:
+    check_gradient_penalty(2, {"bidirectional": True})
+
+
+def check_gradient_penalty(n_steps: int, options: dict) -> None:
     """Second derivatives with respect to everything, of a penalty on the input's gradient."""
     stock, ours = twins(torch.nn.LSTM, 3, 4, dtype=torch.float64, **options)
-    x = torch.randn(6, 2, 3, dtype=torch.float64)
+    x = torch.randn(n_steps, 2, 3, dtype=torch.float64)
 
     def penalty(module: torch.nn.Module) -> list[Tensor]:
         leaf = x.clone().requires_grad_()
@@ -89,6 +100,7 @@ def test_third_order_raises_or_is_right() -> None:
         torch.testing.assert_close(third(ours), third(stock), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.also_on("aten", "cuda")
 @pytest.mark.parametrize("frozen", ["all weights", "input weights", "input", "biases"])
 def test_partly_frozen(engine: str, frozen: str) -> None:
     """Gradients only of what requires them."""
@@ -109,6 +121,7 @@ def test_partly_frozen(engine: str, frozen: str) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.also_on("aten", "cuda")
 def test_backward_through_one_output_only(engine: str) -> None:
     stock, ours = twins(torch.nn.LSTM, 4, 3, num_layers=2, bidirectional=True)
     x = torch.randn(5, 2, 4)
@@ -122,6 +135,7 @@ def test_backward_through_one_output_only(engine: str) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.also_on("aten", "cuda", "triton")
 def test_backward_twice_and_accumulation(engine: str) -> None:
     ours = fuseblock.nn.LSTM(4, 3)
     loss = ours(torch.randn(5, 2, 4))[0].sum()
@@ -132,6 +146,7 @@ def test_backward_twice_and_accumulation(engine: str) -> None:
         torch.testing.assert_close(parameter.grad, 2 * once)
 
 
+@pytest.mark.also_on("aten", "cuda", "triton")
 def test_no_grad_and_inference_mode(engine: str) -> None:
     ours = fuseblock.nn.LSTM(4, 3)
     x = torch.randn(5, 2, 4)
@@ -153,6 +168,7 @@ def test_sixteen_bit(engine: str, dtype: torch.dtype, options: dict) -> None:
     check_against_stock(stock, ours, (x,), dtype)
 
 
+@pytest.mark.also_on("aten", "cuda")
 def test_layouts(engine: str) -> None:
     """Inputs and states that are transposed, strided, expanded or offset."""
     stock, ours = twins(torch.nn.LSTM, 6, 5)

@@ -82,6 +82,7 @@ class FastaiWeightDrop(WeightDrop):
         return self.module(x)
 
 
+@pytest.mark.also_on("aten", "cuda")
 @pytest.mark.parametrize("wrapper", [WeightDrop, FastaiWeightDrop])
 def test_weight_drop(engine: str, wrapper: type) -> None:
     """Each call uses the mask just drawn; the raw weight gets the gradient."""
