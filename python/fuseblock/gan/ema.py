@@ -1,0 +1,160 @@
+"""`ExponentialMovingAverage`: the averaged weights that a GAN's generator is sampled with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ExponentialMovingAverage:
+    """Averages of a model's parameters and buffers, updated after each optimizer step.
+
+        average = decay average + (1 - decay) value
+
+    Averages start as the model's values. Those of float16 and bfloat16 tensors are kept in float32: in 16 bit a
+    step of 1e-3 would round to nothing. Integer and boolean buffers (``num_batches_tracked``) are copied.
+
+    The model is passed to each call and not kept, so averages can be copied (``copy.deepcopy``), pickled and moved to
+    another process alone. Under DistributedDataParallel pass the module inside.
+
+    Args:
+        model: whose tensors to average, all parameters (frozen ones too) and buffers.
+        decay: in [0, 1]; the average looks back about 1 / (1 - decay) updates.
+        warmup: use min(decay, (1 + n) / (10 + n)) in update n = 0, 1, ..., so that the first values are forgotten
+            soon (as tf.train.ExponentialMovingAverage with num_updates).
+        buffers: "average" floating-point buffers, or "copy" them (power iteration vectors, say).
+
+    Attributes:
+        averages: name to tensor, as in ``named_parameters`` and ``named_buffers``.
+        updates: how many there were.
+
+    Raises:
+        ValueError: a ``decay`` outside [0, 1], or ``buffers`` neither "average" nor "copy".
+
+    Examples::
+
+        >>> import torch, fuseblock
+        >>> model = torch.nn.Linear(3, 2)
+        >>> ema = fuseblock.gan.ExponentialMovingAverage(model, 0.99)
+        >>> ema.update(model)
+        >>> with ema.swapped_in(model):
+        ...     y = model(torch.randn(1, 3))
+    """
+
+    def __init__(
+        self, model: nn.Module, decay: float = 0.999, *, warmup: bool = False, buffers: str = "average"
+    ) -> None:
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"decay: expected a number in [0, 1], got {decay}")
+        if buffers not in ("average", "copy"):
+            raise ValueError(f"buffers: expected 'average' or 'copy', got {buffers!r}")
+        self.decay = decay
+        self.warmup = warmup
+        self.buffers = buffers
+        self.updates = 0
+        self.averages: dict[str, Tensor] = {
+            name: tensor.detach().to(_kept_dtype(tensor), copy=True)
+            for name, tensor in _tensors(model).items()
+        }
+
+    def current_decay(self) -> float:
+        """The decay of the next update."""
+        return min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Let the model's present values enter the averages.
+
+        Raises:
+            ValueError: a model whose tensors have other names or shapes.
+        """
+        averaged: tuple[list[Tensor], list[Tensor]] = [], []
+        copied: tuple[list[Tensor], list[Tensor]] = [], []
+        parameters = {name for name, _ in model.named_parameters()}
+        for name, average, value in self._pairs(model):
+            moves = average.is_floating_point() or average.is_complex()
+            chosen = averaged if moves and (name in parameters or self.buffers == "average") else copied
+            chosen[0].append(average)
+            chosen[1].append(value.to(average.dtype) if chosen is averaged else value)
+        if averaged[0]:
+            torch._foreach_lerp_(*averaged, 1.0 - self.current_decay())
+        if copied[0]:
+            torch._foreach_copy_(*copied)
+        self.updates += 1
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Write the averages into the model.
+
+        Raises:
+            ValueError: a model whose tensors have other names or shapes.
+        """
+        if pairs := self._pairs(model):
+            torch._foreach_copy_([value for _, _, value in pairs], [average for _, average, _ in pairs])
+
+    @contextmanager
+    def swapped_in(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The model with the averages in its place, and its own values back at the end, after an exception too.
+
+        Values are written in place: graphs recorded before cannot be differentiated any more. What happens to the
+        model inside (buffers updated in training mode) is lost.
+
+        Raises:
+            ValueError: a model whose tensors have other names or shapes.
+        """
+        pairs = self._pairs(model)
+        own = [value.detach().clone() for _, _, value in pairs]
+        self.copy_to(model)
+        try:
+            yield model
+        finally:
+            with torch.no_grad():
+                if own:
+                    torch._foreach_copy_([value for _, _, value in pairs], own)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, not copied, and all settings."""
+        return {
+            "decay": self.decay,
+            "warmup": self.warmup,
+            "buffers": self.buffers,
+            "updates": self.updates,
+            "averages": dict(self.averages),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave, on this object's devices.
+
+        Raises:
+            ValueError: averages of other names or shapes.
+        """
+        averages = state["averages"]
+        self._check({name: tuple(tensor.shape) for name, tensor in averages.items()}, "the state")
+        for name, average in self.averages.items():
+            average.copy_(averages[name])
+        self.decay, self.warmup = float(state["decay"]), bool(state["warmup"])
+        self.buffers, self.updates = str(state["buffers"]), int(state["updates"])
+
+    def _check(self, shapes: Mapping[str, tuple[int, ...]], whose: str) -> None:
+        own = {name: tuple(tensor.shape) for name, tensor in self.averages.items()}
+        if own != shapes:
+            wrong = sorted(set(own.items()) ^ set(shapes.items()))
+            raise ValueError(f"{whose} has other tensors than the averages: {', '.join(map(str, wrong[:4]))}")
+
+    def _pairs(self, model: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
+        tensors = _tensors(model)
+        self._check({name: tuple(tensor.shape) for name, tensor in tensors.items()}, "the model")
+        return [(name, average, tensors[name]) for name, average in self.averages.items()]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _kept_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
