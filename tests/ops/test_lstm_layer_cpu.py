@@ -26,7 +26,10 @@ pytestmark = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Case:
-    """n_steps, batch, inputs and hidden units, directions; whether biased, packed and with x in batch-first memory."""
+    """n_steps, batch, inputs and hidden units, directions; whether biased, packed and with x in batch-first memory.
+
+    Packed sequences have random lengths where none are given.
+    """
 
     n_steps: int
     batch: int
@@ -36,6 +39,7 @@ class Case:
     biased: bool = True
     packed: bool = False
     transposed: bool = False
+    lengths: tuple[int, ...] = ()
 
     def arguments(self, dtype: torch.dtype) -> tuple[torch.nn.LSTM, list[Tensor], Tensor | None]:
         """A float64 module whose weights `dtype` can hold; (x, h0, c0) in `dtype`; batch_sizes."""
@@ -59,6 +63,7 @@ class Case:
             return module, [x, h0, c0], None
         lengths = torch.randint(1, self.n_steps + 1, (self.batch,)).sort(descending=True).values
         lengths[0] = self.n_steps
+        lengths = torch.tensor(self.lengths) if self.lengths else lengths
         ragged = torch.nn.utils.rnn.pack_padded_sequence(x, lengths)
         return module, [ragged.data, h0, c0], ragged.batch_sizes
 
@@ -84,10 +89,11 @@ def run_module(
     return [t.detach().to(torch.float64) for t in (y, h_n, c_n, *grads)]
 
 
-def check(case: Case, dtype: torch.dtype, given: tuple[int, ...] = (0, 1, 2)) -> None:
+def check(
+    case: Case, dtype: torch.dtype, given: tuple[int, ...] = (0, 1, 2), ops: Any = torch.ops.fuseblock_cpu
+) -> None:
     """Check both passes; only the cotangents of y, h_n, c_n whose place is in `given` are there."""
     module, inputs, batch_sizes = case.arguments(dtype)
-    ops: Any = torch.ops.fuseblock_cpu
     weights = [p.detach().to(dtype) for p in module.parameters()]
     with poisoned_outputs():
         y, h_n, c_n, gates, c = ops.lstm_layer(*inputs, weights, batch_sizes, True)
@@ -153,6 +159,13 @@ def test_missing_cotangents(given: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_threads(packed: bool) -> None:
     check(Case(30, 20, 40, 50, directions=2, packed=packed), torch.float64)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("threads", [8], indirect=True)
+def test_more_threads_than_rows_worth_one() -> None:
+    """Threads that get no rows, since one sequence is most of the work."""
+    check(Case(100, 4, 100, 100, packed=True, lengths=(100, 1, 1, 1)), torch.float64)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])

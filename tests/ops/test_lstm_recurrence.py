@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -180,6 +181,31 @@ def test_odd_sizes_on_cpu(hidden: int, batch: int) -> None:
     forced = Forced("cpu")
     for check in (check_forward, check_backward, check_second_order):
         check(forced, case, torch.float32)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [LstmCase(6, 2, 390, 1, None, (6, 1)), LstmCase(5, 3, 300, 1, 200, (2, 5, 1))],
+    ids=str,
+)
+def test_units_shared_by_cpu_threads(case: LstmCase, set_threads: Callable[[int], None]) -> None:
+    set_threads(2)
+    for check in (check_forward, check_backward, check_second_order):
+        check(Forced("cpu"), case, torch.float32)
+
+
+def test_more_cpu_threads_than_rows_worth_one(set_threads: Callable[[int], None]) -> None:
+    """Threads that get no rows, since one sequence is most of the work."""
+    set_threads(8)
+    for check in (check_forward, check_backward):
+        check(Forced("cpu"), LstmCase(200, 4, 64, 1, None, (1, 200, 1, 1)), torch.float64)
 
 
 def test_run_to_run_equal(forced: Forced) -> None:
