@@ -3,6 +3,8 @@
 python -m tests.mutants --list                                  how many mutants each source has
 python -m tests.mutants --source 'csrc/math/*' --json out.json  all mutants of some sources
 python -m tests.mutants --sample 30 --seed 1 --jobs 2           a random sample of every source
+
+CPU kernels are compiled for AVX2, or for what FUSEBLOCK_CPU_ISA names (baseline, avx2, avx512).
 """
 
 from __future__ import annotations

@@ -35,12 +35,16 @@ def _selected(expression: str, *files: str) -> tuple[str, ...]:
 
 
 _EMULATOR = (("tests/emulator/test_lstm_gates_emulated.py",),)
-_CPU_GATES = (_selected(_NOT_CPU, "tests/ops/test_lstm_gates.py"),)
+_CPU_GATES = (
+    _selected(_NOT_CPU, "tests/ops/test_lstm_gates.py"),
+    _selected("gates", "tests/ops/test_cpu_bounds.py"),
+)
 _CPU_RECURRENCE = (
     _selected(f"{_NOT_CPU} and not odd_sizes", "tests/ops/test_lstm_recurrence.py"),
     _selected("odd_sizes", "tests/ops/test_lstm_recurrence.py"),
+    _selected("recurrence", "tests/ops/test_cpu_bounds.py"),
 )
-_CPU_LAYER = (("tests/ops/test_lstm_layer_cpu.py",),)
+_CPU_LAYER = (("tests/ops/test_lstm_layer_cpu.py",), _selected("layer", "tests/ops/test_cpu_bounds.py"))
 _THREADS = (("tests/test_cpu_threads.py",),)
 _REFERENCE = (_selected("reference or gradgradcheck_of_packed", *_CPU),)
 _TRITON = (
@@ -54,7 +58,6 @@ SOURCES = [
     Source("csrc/cuda/lstm_gates.cuh", "emulator", _EMULATOR),
     Source("csrc/cuda/lstm_gates.cu", "emulator", _EMULATOR),
     Source("csrc/cuda/vector.h", "emulator", _EMULATOR),
-    Source("csrc/cuda/numeric.h", "emulator", _EMULATOR),
     Source("python/fuseblock/reference/lstm_gates.py", "python", _REFERENCE),
     Source("python/fuseblock/reference/lstm_recurrence.py", "python", _REFERENCE),
     Source("python/fuseblock/reference/_adjoint.py", "python", (("tests/ops/test_adjoint.py",), *_REFERENCE)),

@@ -62,14 +62,15 @@ class Workspace:
         library = ROOT / "python/fuseblock/_C.abi3.so"
         if self.kit == "cpu":
             # One instruction set, and little optimisation: compiling is what takes the time. Multiplications and
-            # additions are fused where possible, since the error bounds of the tests count on it.
-            isa = "avx2" if platform.machine() == "x86_64" else "baseline"
+            # additions are fused where possible, since the error bounds of the tests count on it. What is written
+            # behind an array of the stack is noticed.
+            usual = "avx2" if platform.machine() == "x86_64" else "baseline"
+            isa = os.environ.get("FUSEBLOCK_CPU_ISA") or usual
             others = {f"csrc/cpu/isa_{other}.cpp" for other in ("avx512", "avx2", "baseline") if other != isa}
             files = {name: content for name, content in files.items() if name not in others}
             files["csrc/cpu/kernel_table.cpp"] = _ONE_TABLE.format(isa=isa).encode()
-            replace(
-                "setup.py", "-std=c++20 -O3 -fno-math", "-std=c++20 -O1 -fexpensive-optimizations -fno-math"
-            )
+            flags = "-std=c++20 -O1 -fexpensive-optimizations -fstack-protector-strong -fno-math"
+            replace("setup.py", "-std=c++20 -O3 -fno-math", flags)
             files["csrc/cpu/mutants.cpp"] = DEFINITION.encode()
         elif library.exists():
             files["python/fuseblock/_C.abi3.so"] = library.read_bytes()
