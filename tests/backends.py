@@ -68,7 +68,8 @@ def _emulated_cuda() -> Iterator[None]:
     from .emulator import load
 
     kernels = load()
-    before = {op: dispatch.candidates(op) for op in dispatch.operators()}
+    emulates = [op for op in dispatch.operators() if hasattr(kernels, op) or hasattr(per_step, op)]
+    before = {op: dispatch.candidates(op) for op in emulates}
 
     def emulated(op: str) -> dispatch.Candidate:
         run = getattr(kernels, op, None)
