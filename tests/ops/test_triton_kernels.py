@@ -13,6 +13,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+import fuseblock
+from fuseblock import dispatch
 from fuseblock.launch import _triton, triton_lstm_gates, triton_lstm_recurrence
 
 from ..triton_interpreter import install
@@ -206,7 +208,8 @@ def test_what_inactive_rows_receive_is_ignored() -> None:
 def test_the_engine_is_chosen_with_a_reason() -> None:
     def chosen(case: LstmCase, dtype: torch.dtype) -> str:
         args = (*_to(DEVICE, case.inputs(dtype)), None, True)
-        return triton_lstm_recurrence.choose("lstm_recurrence", args).variant
+        with fuseblock.backend("triton"):
+            return dispatch.choose("lstm_recurrence", args).variant
 
     assert chosen(LstmCase(1, 1, 64, 1, None, None), torch.float32) == "persistent"
     assert chosen(LstmCase(1, 1, 65, 1, None, None), torch.float32) == "per step"
@@ -215,8 +218,8 @@ def test_the_engine_is_chosen_with_a_reason() -> None:
     assert chosen(LstmCase(1, 1, 8, 1, None, None), torch.float64) == "per step"
     assert chosen(LstmCase(1, 1, 8, 1, 4, None), torch.float32) == "per step"
     packed = (*_to(DEVICE, LstmCase(1, 1, 8, 1, None, None).inputs(torch.float32)), torch.tensor([1]), True)
-    with pytest.raises(ValueError, match="batch_sizes"):
-        triton_lstm_recurrence.choose("lstm_recurrence", packed)
+    with fuseblock.backend("triton"), pytest.raises(fuseblock.BackendError, match="batch_sizes"):
+        dispatch.choose("lstm_recurrence", packed)
 
 
 # -------------------------------------------------------------------------------------------------------- lstm_gates

@@ -283,39 +283,3 @@ def candidates(op: str) -> tuple[Candidate, ...]:
         Candidate("triton", run, why_not, devices=_triton.DEVICES, variant=engine)
         for engine, run, why_not in _ENGINES[op]
     )
-
-
-def choose(op: str, args: tuple[Any, ...]) -> Candidate:
-    """The first engine that can run ``op(*args)``.
-
-    Raises:
-        ValueError: no engine can; every engine's reason is in the message.
-    """
-    reasons = []
-    for candidate in candidates(op):
-        reason = candidate.why_not(*args)
-        if reason is None:
-            return candidate
-        reasons.append(f"{candidate.variant}: {reason}")
-    raise ValueError(f"triton cannot run {op}: " + "; ".join(reasons))
-
-
-def _run(op: str, args: tuple[Any, ...]) -> Any:
-    run = choose(op, args).run
-    assert run is not None
-    return run(*args)
-
-
-def lstm_recurrence(*args: Any) -> Any:
-    """Op `lstm_recurrence` on the first engine that can run it."""
-    return _run("lstm_recurrence", args)
-
-
-def lstm_recurrence_bwd(*args: Any) -> Any:
-    """Op `lstm_recurrence_bwd` on the first engine that can run it."""
-    return _run("lstm_recurrence_bwd", args)
-
-
-def lstm_recurrence_bwd_bwd(*args: Any) -> Any:
-    """Op `lstm_recurrence_bwd_bwd` on the first engine that can run it."""
-    return _run("lstm_recurrence_bwd_bwd", args)
