@@ -1,0 +1,88 @@
+"""Bias, activation, gain and clamp in one pass."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, ops
+from .._activations import number
+from .._library import forward_mode_active
+from ..reference.bias_act import bias_act_reference
+
+__all__ = ["bias_act"]
+
+
+def bias_act(
+    x: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    slope: Tensor | None = None,
+    gain: float = 1.0,
+    clamp: float | None = None,
+    dim: int = 1,
+) -> Tensor:
+    """Add a bias, activate, scale, clamp; in one pass over memory, differentiable to any order.
+
+        y = clamp(gain * act(x + bias), -clamp, clamp)
+
+    For backward, ``"relu"`` and ``"leaky_relu"`` keep one bit an element (leaky_relu with a clamp two) in place of an
+    activation; ``"silu"``, ``"tanh"``, ``"elu"`` and ``"prelu"`` keep x, which a convolution's output usually is anyway.
+    Where the clamp changed a value the gradient is zero. Derivatives beyond the second of the activations that keep x
+    run on plain PyTorch. The bias gradient is summed in the backward pass itself, in a fixed order.
+
+    Args:
+        x: (N, C, ...), float64, float32, float16 or bfloat16; contiguous and channels-last tensors are taken as they
+            are, others are copied. The result has the memory format of x.
+        bias: (C,) in the dtype of x, or float32 when x is 16 bit. None: no bias.
+        activation: "identity", "relu", "leaky_relu", "prelu", "silu", "tanh" or "elu".
+        negative_slope: factor of negative values of "leaky_relu".
+        slope: (C,) or (1,), the learned factor of "prelu".
+        gain: factor of the activated value.
+        clamp: limit of the absolute value of the result, None for none.
+        dim: the dimension of size C.
+
+    Returns:
+        y, shape and dtype of x. Autocast leaves the dtype alone.
+
+    Raises:
+        ValueError: shapes, devices, the activation, ``gain`` or ``clamp`` do not fit. TypeError: dtypes do not fit.
+        IndexError: no dimension ``dim``. fuseblock.BackendError: the forced backend cannot run these tensors.
+
+    Source: NVlabs' ``bias_act`` (StyleGAN2, Karras et al. 2020), whose default gains are not taken over: the gain is 1.
+    """
+    if dim not in (1, 1 - x.dim()) and x.dim() > 1:
+        moved = bias_act(
+            x.movedim(dim, 1),
+            bias,
+            activation=activation,
+            negative_slope=negative_slope,
+            slope=slope,
+            gain=gain,
+            clamp=clamp,
+        )
+        return moved.movedim(1, dim)
+    limit = math.inf if clamp is None else float(clamp)
+    if slope is not None and slope.shape == (1,) and x.dim() > 1:
+        slope = slope.expand(x.shape[1])
+    args = (x, bias, slope, activation, float(negative_slope), float(gain), limit)
+    if _plain_pytorch():
+        ops.check_bias_act(x, bias, slope, activation, gain, limit)
+        return bias_act_reference(*args[:3], number(activation), *args[4:])
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, slope))
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        save = True  # a wrapped tensor does not tell whether an outer transform will differentiate it
+    y: Tensor = ops.bias_act(*args, save)[0]
+    return y
+
+
+def _plain_pytorch() -> bool:
+    """Whether the reference equations run in place of the operator, so that PyTorch sees and differentiates them."""
+    name = dispatch.forced()
+    return name == "reference" or (
+        name == "auto" and not torch.compiler.is_compiling() and forward_mode_active()
+    )
