@@ -1,0 +1,443 @@
+"""Train a DCGAN, on scikit-learn's digits or on a folder of images, with any of fuseblock's losses and penalties.
+
+    python examples/dcgan.py                                                    # digits: about 3 minutes on 2 cores
+    python examples/dcgan.py --data photos/ --size 64 --epochs 200 --out out/photos
+    python examples/dcgan.py --out out/dcgan --resume                           # goes on after a kill
+    torchrun --nproc-per-node 2 examples/dcgan.py                               # DistributedDataParallel
+
+Discriminator and generator take turns, a step each. Into ``--out`` go samples after every epoch (``samples/``), curves
+of losses, D(x), D(G(z)) and gradient norms (``curves.png``), and ``checkpoint.pt``, replaced in one step: a kill at any
+moment leaves a whole one. Samples are drawn with averaged weights.
+
+The options decide a run: same seed, threads and machine, same weights, bit by bit, also if it was killed and resumed. All
+that is random comes from one generator per process, which checkpoints hold, and from permutations of the data, which
+follow from seed and epoch.
+
+With digits the end is a check: of 1000 samples, how many does a classifier take for a digit, and how many of each class?
+It was trained on real digits and on junk made of them (`dcgan_report.Judge`); what it says of unseen real digits and unseen
+junk is printed beside. The exit code is 1 if fewer than ``--require`` are accepted or a digit is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from dcgan_report import Judge, plot, save_grid
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fuseblock import gan
+
+SAMPLES = 100
+METRICS = ("D loss", "penalty", "G loss", "D(x)", "D(G(z))", "D(G(z)) in G", "D gradient", "G gradient")
+PENALTIES: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "r1": ("r1",),
+    "r2": ("r2",),
+    "r1+r2": ("r1", "r2"),
+    "wgan-gp": ("wgan-gp",),
+}
+#: Options that may differ between a run and its resumption.
+FREE = ("epochs", "out", "resume", "require", "checkpoint_every", "threads")
+
+
+@dataclass(frozen=True)
+class World:
+    """Who computes: this process among how many, and where."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values / self.size
+
+
+@contextmanager
+def world(device: str) -> Iterator[World]:
+    """One process, or those of torchrun."""
+    if "WORLD_SIZE" not in os.environ:
+        yield World(0, 1, torch.device(device))
+        return
+    place = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), place)
+    finally:
+        dist.destroy_process_group()
+
+
+def load_digits(size: int) -> tuple[Tensor, np.ndarray]:
+    """scikit-learn's 1797 digits, 8x8 or enlarged, ``(N, 1, size, size)`` in [-1, 1], and their labels."""
+    from sklearn import datasets
+
+    if size not in (8, 16, 32):
+        raise SystemExit(f"digits come in sizes 8, 16 and 32, not {size}")
+    digits = datasets.load_digits()
+    images = torch.tensor(digits.images / 8.0 - 1.0, dtype=torch.float32)[:, None]
+    if size > 8:
+        images = F.interpolate(images, (size, size), mode="bicubic", align_corners=False).clamp(-1, 1)
+    return images, digits.target
+
+
+def load_folder(folder: Path, size: int, gray: bool) -> Tensor:
+    """All images below a folder, their middle square resized, uint8 ``(N, 3 or 1, size, size)``."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    images, unreadable = [], 0
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        try:
+            with Image.open(path) as opened:
+                picture = ImageOps.exif_transpose(opened).convert("L" if gray else "RGB")
+        except UnidentifiedImageError:
+            continue
+        except OSError:
+            unreadable += 1
+            continue
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(picture))
+        images.append(pixels[None] if gray else pixels.permute(2, 0, 1))
+    if unreadable:
+        print(f"{folder}: {unreadable} broken images left out")
+    if not images:
+        raise SystemExit(f"{folder}: no images found")
+    return torch.stack(images)
+
+
+class Trainer:
+    """Networks, optimizers, averages, random numbers and records of one run: all that a checkpoint holds."""
+
+    def __init__(self, images: Tensor, args: argparse.Namespace, place: World) -> None:
+        self.args, self.place = args, place
+        self.images = images.to(place.device)
+        self.batch = args.batch // place.size
+        self.steps_per_epoch = len(images) // args.batch
+        if args.batch % place.size or not self.steps_per_epoch or self.batch < 2:
+            raise SystemExit(
+                f"--batch {args.batch}: must divide by {place.size} processes, leave 2 for each, and not exceed "
+                f"{len(images)} images"
+            )
+        torch.manual_seed(args.seed)
+        channels = images.shape[1]
+        self.penalties: list[nn.Module] = [
+            {"r1": gan.R1Penalty, "r2": gan.R2Penalty, "wgan-gp": gan.WGANGPPenalty}[name](args.gamma)
+            for name in PENALTIES[args.penalty]
+        ]
+        norm = {"auto": None if self.penalties else "batch", "none": None}.get(args.norm, args.norm)
+        self.generator = gan.DCGANGenerator(args.size, channels, args.width, args.latent).to(place.device)
+        self.discriminator = gan.DCGANDiscriminator(args.size, channels, args.width, norm=norm).to(
+            place.device
+        )
+        self.ema = gan.ExponentialMovingAverage(self.generator, args.ema, warmup=True)
+        self.loss = gan.LOSSES[args.loss]()
+        betas = (args.beta1, args.beta2)
+        self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), args.lr, betas)
+        self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), args.lr, betas)
+        # The wrapped networks are called where gradients of their parameters follow, and share them between processes.
+        self.wrapped_generator: nn.Module = self.generator
+        self.wrapped_discriminator: nn.Module = self.discriminator
+        if place.size > 1:
+            self.wrapped_generator = DistributedDataParallel(self.generator)
+            self.wrapped_discriminator = DistributedDataParallel(self.discriminator)
+        self.random = torch.Generator(place.device).manual_seed(args.seed * 1_000_003 + place.rank)
+        self.step = 0
+        self.history: dict[str, list[float]] = {name: [] for name in METRICS}
+        self.pending: list[Tensor] = []
+
+    def noise(self, count: int) -> Tensor:
+        """Latents, from this process' random numbers."""
+        return torch.randn(count, self.args.latent, generator=self.random, device=self.place.device)
+
+    def batch_at(self, step: int) -> Tensor:
+        """The real images of a step, this process' share: a function of seed and step, so nothing has to be saved."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        shuffle = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.images), generator=shuffle)
+        start = position * self.args.batch + self.place.rank * self.batch
+        chosen = self.images[order[start : start + self.batch].to(self.images.device)]
+        return chosen if chosen.is_floating_point() else chosen.float() / 127.5 - 1.0
+
+    def train_step(self) -> None:
+        """One step of the discriminator, then one of the generator."""
+        real = self.batch_at(self.step)
+        record = self.train_discriminator(real) | self.train_generator(real)
+        self.ema.update(self.generator)
+        self.step += 1
+        # Read at the end of an epoch only: on a GPU every number read waits for it.
+        self.pending.append(torch.stack([record[name].detach().float() for name in METRICS]))
+
+    def train_discriminator(self, real: Tensor) -> dict[str, Tensor]:
+        """Two forwards and those of the penalties, one backward."""
+        with torch.no_grad():
+            fake = self.generator(self.noise(len(real)))
+        real_logits, fake_logits = self.wrapped_discriminator(real), self.wrapped_discriminator(fake)
+        loss = self.loss.discriminator_loss(real_logits, fake_logits)
+        penalty = loss.new_zeros(())
+        for module in self.penalties:
+            random = {"generator": self.random} if isinstance(module, gan.WGANGPPenalty) else {}
+            penalty = penalty + module(self.wrapped_discriminator, real, fake, **random)
+        self.discriminator_optimizer.zero_grad(set_to_none=True)
+        (loss + penalty).backward()
+        norm = gradient_norm(self.discriminator)
+        self.discriminator_optimizer.step()
+        return {
+            "D loss": loss,
+            "penalty": penalty,
+            "D(x)": self.opinion(real_logits),
+            "D(G(z))": self.opinion(fake_logits),
+            "D gradient": norm,
+        }
+
+    def train_generator(self, real: Tensor) -> dict[str, Tensor]:
+        """One forward through both, one backward; the discriminator stands still."""
+        self.discriminator.requires_grad_(False)
+        fake_logits = self.discriminator(self.wrapped_generator(self.noise(len(real))))
+        real_logits = None
+        if self.loss.needs_real:
+            with torch.no_grad():
+                real_logits = self.discriminator(real)
+        loss = self.loss.generator_loss(fake_logits, real_logits)
+        self.generator_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = gradient_norm(self.generator)
+        self.generator_optimizer.step()
+        self.discriminator.requires_grad_(True)
+        return {"G loss": loss, "D(G(z)) in G": self.opinion(fake_logits), "G gradient": norm}
+
+    def opinion(self, logits: Tensor) -> Tensor:
+        """What D says on average: a probability of being real where the loss makes it one."""
+        return (logits.sigmoid() if self.loss.is_probability else logits).mean()
+
+    def record(self) -> None:
+        """Move the records of steps since the last call into the history, averaged over processes."""
+        if not self.pending:
+            return
+        values = self.place.mean(torch.stack(self.pending)).T.tolist()
+        for name, row in zip(METRICS, values, strict=True):
+            self.history[name] += row
+        self.pending.clear()
+
+    def sample(self, count: int) -> Tensor:
+        """Images of fixed latents by the averaged generator; touches no random numbers of the training."""
+        random = torch.Generator().manual_seed(self.args.seed)
+        latents = torch.randn(count, self.args.latent, generator=random).to(self.place.device)
+        with torch.no_grad(), self.ema.swapped_in(self.generator):
+            self.generator.eval()
+            images = torch.cat([self.generator(part) for part in latents.split(100)])
+            self.generator.train()
+        return images.cpu()
+
+    def parts(self) -> dict[str, Any]:
+        """What has a state_dict."""
+        return {
+            "generator": self.generator,
+            "discriminator": self.discriminator,
+            "ema": self.ema,
+            "generator_optimizer": self.generator_optimizer,
+            "discriminator_optimizer": self.discriminator_optimizer,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint beside the old one, then put it in its place in one step."""
+        self.record()
+        own = [self.random.get_state(), torch.get_rng_state()]
+        states = [own]
+        if self.place.size > 1:
+            states = [[] for _ in range(self.place.size)]
+            dist.all_gather_object(states, own)
+        if not self.place.writes:
+            return
+        checkpoint = {
+            "options": options(self.args),
+            "step": self.step,
+            "history": self.history,
+            "random": states,
+            "parts": {name: part.state_dict() for name, part in self.parts().items()},
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        with open(unfinished, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go back to where a checkpoint was written, exactly."""
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if (then := checkpoint["options"]) != (now := options(self.args)):
+            changed = [name for name in now if now[name] != then.get(name)]
+            raise SystemExit(f"{path}: written with other options: {', '.join(changed)}")
+        if len(checkpoint["random"]) != self.place.size:
+            raise SystemExit(f"{path}: written by {len(checkpoint['random'])} processes")
+        for name, part in self.parts().items():
+            part.load_state_dict(checkpoint["parts"][name])
+        own, default = checkpoint["random"][self.place.rank]
+        self.random.set_state(own)
+        torch.set_rng_state(default)
+        self.step, self.history = checkpoint["step"], checkpoint["history"]
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that decide a run."""
+    return {name: value for name, value in vars(args).items() if name not in FREE}
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Euclidean norm of all gradients together."""
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+@contextmanager
+def progress(total: int, done: int, visible: bool) -> Iterator[Callable[[str], None]]:
+    """A progress bar over steps, if rich is there; what it gives is called after each with a description."""
+    if not visible:
+        yield lambda text: None
+        return
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        print("training ... (install rich for a progress bar)")
+        yield lambda text: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("epoch 1", total=total, completed=done)
+        yield lambda text: bar.update(task, advance=1, description=text)
+
+
+def train(trainer: Trainer, args: argparse.Namespace) -> None:
+    """All epochs that are left, with samples and a checkpoint after each."""
+    checkpoint, writes = args.out / "checkpoint.pt", trainer.place.writes
+    total = args.epochs * trainer.steps_per_epoch
+    every = args.checkpoint_every or trainer.steps_per_epoch
+    with progress(total, trainer.step, writes) as tick:
+        while trainer.step < total:
+            trainer.train_step()
+            epoch, position = divmod(trainer.step, trainer.steps_per_epoch)
+            if position == 0:
+                trainer.record()
+                if writes:
+                    save_grid(trainer.sample(SAMPLES), args.out / "samples" / f"epoch-{epoch:04d}.png")
+            if trainer.step % every == 0 or trainer.step == total:
+                trainer.save(checkpoint)
+            losses = {name: values[-1] for name, values in trainer.history.items() if values}
+            text = f"epoch {min(epoch + 1, args.epochs)}/{args.epochs}"
+            if losses:
+                text += f"  D {losses['D loss']:.3f}  G {losses['G loss']:.3f}"
+            tick(text)
+
+
+def judge(trainer: Trainer, labels: np.ndarray, require: float) -> bool:
+    """Print how many of 1000 samples are digits, and which; whether that is enough."""
+    referee = Judge(trainer.images.cpu(), labels)
+    verdict = referee(trainer.sample(1000))
+    print(
+        "judge: a support vector machine trained on real digits and on junk made of them; accepted: taken for a digit\n"
+        f"  unseen real digits: {referee.accepts_real:.1%} accepted, {referee.accuracy:.1%} as the digit they are; "
+        f"unseen junk: {referee.accepts_junk:.1%} accepted"
+    )
+    classes = sum(count > 0 for count in verdict.counts)
+    enough = verdict.accepted >= require and classes == 10
+    print(
+        f"  1000 samples: {verdict.accepted:.1%} accepted (asked: {require:.0%}), {classes} of 10 digits appear "
+        f"({', '.join(f'{digit}: {count}' for digit, count in enumerate(verdict.counts))}): "
+        f"{'passed' if enough else 'FAILED'}"
+    )
+    return enough
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description="Train a DCGAN on digits or on a folder of images.")
+    parser.add_argument("--data", default="digits", help="'digits', or a folder of images")
+    parser.add_argument("--gray", action="store_true", help="one channel instead of three (folders)")
+    parser.add_argument("--size", type=int, default=16, help="of images: a power of two; digits: 8, 16 or 32")
+    parser.add_argument("--loss", choices=gan.LOSSES, default="relativistic")
+    parser.add_argument("--penalty", choices=PENALTIES, default="r1+r2")
+    parser.add_argument("--gamma", type=float, default=2.0, help="weight of the penalties")
+    parser.add_argument(
+        "--norm",
+        choices=("auto", "batch", "instance", "none"),
+        default="auto",
+        help="of the discriminator; auto: batch without penalty, none with one",
+    )
+    parser.add_argument("--width", type=int, default=32, help="channels at half the size")
+    parser.add_argument("--latent", type=int, default=64, help="random numbers per image")
+    parser.add_argument("--batch", type=int, default=64, help="images per step, of all processes together")
+    parser.add_argument("--epochs", type=int, default=150)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--beta1", type=float, default=0.0)
+    parser.add_argument("--beta2", type=float, default=0.99)
+    parser.add_argument("--ema", type=float, default=0.995, help="decay of the averaged weights")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=None, help="default: PyTorch's")
+    parser.add_argument("--out", type=Path, default=Path("out/dcgan"))
+    parser.add_argument("--checkpoint-every", type=int, default=0, help="steps; default: every epoch")
+    parser.add_argument("--resume", action="store_true", help="go on from --out, if there is a checkpoint")
+    parser.add_argument(
+        "--require", type=float, default=0.0, help="share of accepted digits below which to fail"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, show, and judge digits; 0 if they pass."""
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    labels = None
+    if args.data == "digits":
+        images, labels = load_digits(args.size)
+    else:
+        images = load_folder(Path(args.data), args.size, args.gray)
+    torch.backends.cudnn.deterministic = True
+    with world(args.device) as place:
+        trainer = Trainer(images, args, place)
+        checkpoint = args.out / "checkpoint.pt"
+        if args.resume and checkpoint.exists():
+            trainer.load(checkpoint)
+        begin, first = time.perf_counter(), trainer.step
+        train(trainer, args)
+        seconds, steps = time.perf_counter() - begin, trainer.step - first
+        if not place.writes:
+            return 0
+        print(
+            f"{tuple(images.shape)} images, {args.loss} loss, penalty {args.penalty}: {steps} steps of {args.batch} in "
+            f"{seconds:.0f} s, {place.size} processes, {torch.get_num_threads()} threads"
+        )
+        save_grid(trainer.sample(SAMPLES), args.out / "samples.png")
+        try:
+            name = "probability of real" if trainer.loss.is_probability else "logit"
+            plot(trainer.history, f"{args.loss}, {args.penalty}", name, args.out / "curves.png")
+        except ImportError:
+            print("no curves: matplotlib is not installed")
+        print(f"wrote {args.out}/: checkpoint.pt, samples.png, samples/, curves.png")
+        return 0 if labels is None or judge(trainer, labels, args.require) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

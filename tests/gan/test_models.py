@@ -1,0 +1,195 @@
+"""DCGAN's and SNGAN's networks: shapes, channels and initial values of the papers, equality with torch.nn, bad input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fuseblock import gan
+
+
+def mirror(model):
+    """The same network of torch.nn's layers, with the same state_dict keys."""
+    blocks = []
+    for block in model:
+        if not isinstance(block, nn.Sequential):
+            blocks.append(nn.Conv2d(block.in_channels, 1, 4, bias=False))
+            continue
+        conv, *rest = block
+        kind = nn.ConvTranspose2d if isinstance(conv, nn.ConvTranspose2d) else nn.Conv2d
+        layers = [kind(conv.in_channels, conv.out_channels, 4, conv.stride, conv.padding)]
+        layers[0].bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
+        generator = kind is nn.ConvTranspose2d
+        if isinstance(rest[0], nn.BatchNorm2d):
+            layers += [nn.BatchNorm2d(conv.out_channels), nn.ReLU() if generator else nn.LeakyReLU(0.2)]
+        else:
+            layers += [nn.Tanh() if generator else nn.LeakyReLU(0.2)]
+        blocks.append(nn.Sequential(*layers))
+    return nn.Sequential(*blocks)
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 128])
+def test_dcgan_shapes(size):
+    width = 2
+    generator = gan.DCGANGenerator(size, 3, width, 7)
+    discriminator = gan.DCGANDiscriminator(size, 3, width)
+    z = torch.randn(3, 7)
+    images = generator(z)
+    assert images.shape == (3, 3, size, size)
+    assert float(images.detach().abs().max()) <= 1
+    assert discriminator(images).shape == (3,)
+    generator.eval()
+    assert torch.equal(generator(z), generator(z[:, :, None, None]))
+    stages = size.bit_length() - 3
+    widths = [width * min(8, 2**n) for n in range(stages)]
+    assert [block[0].out_channels for block in generator] == [*reversed(widths), 3]
+    assert [block[0].out_channels for block in list(discriminator)[:-1]] == widths
+
+
+def test_dcgan_64_is_the_papers():
+    """1024, 512, 256, 128 channels at 4, 8, 16, 32 pixels (figure 1)."""
+    generator = gan.DCGANGenerator(64, width=128)
+    assert [block[0].out_channels for block in generator] == [1024, 512, 256, 128, 3]
+    assert generator[0][0].weight.shape == (100, 1024, 4, 4)
+
+
+@pytest.mark.parametrize("norm", ["batch", None])
+def test_dcgan_is_torch_nns(norm):
+    """Checkpoints go both ways; outputs, gradients and an R1 penalty's gradients are torch.nn's in float64."""
+    generator = gan.DCGANGenerator(16, 2, 4, 5).double()
+    discriminator = gan.DCGANDiscriminator(16, 2, 4, norm=norm).double()
+    twins = [mirror(model).double() for model in (generator, discriminator)]
+    for twin, model in zip(twins, (generator, discriminator), strict=True):
+        twin.load_state_dict(model.state_dict())
+        model.load_state_dict(twin.state_dict())
+    z = torch.randn(6, 5, 1, 1, dtype=torch.float64)
+    results = []
+    for g, d in ((generator, discriminator), twins):
+        fake = g(z)
+        logits = d(fake)
+        (gan.non_saturating_generator_loss(logits) + gan.r1_penalty(d, fake)).backward()
+        gradients = [p.grad for model in (g, d) for p in model.parameters()]
+        results.append([fake.detach(), logits.detach().flatten(), *gradients])
+    for ours, stock in zip(*results, strict=True):
+        # The longest sum: a batch of 6 images of 8x8 pixels in 16 taps of 4 channels.
+        bound = 6 * 64 * 16 * 4 * torch.finfo(torch.float64).eps
+        assert float((ours - stock).abs().max()) <= bound * float(stock.abs().max())
+    for twin, model in zip(twins, (generator, discriminator), strict=True):
+        for (name, ours), stock in zip(model.named_buffers(), twin.buffers(), strict=True):
+            torch.testing.assert_close(ours, stock, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def check_spread(weights, expected, mean=0.0):
+    """The sample's mean and deviation within 5 of their own deviations."""
+    count = weights.numel()
+    assert abs(float(weights.mean()) - mean) < 5 * expected / math.sqrt(count)
+    assert abs(float(weights.std()) / expected - 1) < 5 / math.sqrt(2 * count)
+
+
+def test_dcgan_initial_values():
+    """Convolutions N(0, 0.02), batch norm weights N(1, 0.02), biases 0: the paper's section 4 and its usual code."""
+    for model in (gan.DCGANGenerator(32, width=16), gan.DCGANDiscriminator(32, width=16)):
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                check_spread(module.weight.detach(), 0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                check_spread(module.weight.detach(), 0.02, 1.0)
+                assert not module.bias.detach().any()
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_resnet_shapes(size):
+    generator = gan.ResNetGenerator(size, 3, 4, 7)
+    discriminator = gan.ResNetDiscriminator(size, 3, 4)
+    images = generator(torch.randn(2, 7))
+    assert images.shape == (2, 3, size, size)
+    assert float(images.detach().abs().max()) <= 1
+    assert discriminator(images).shape == (2,)
+
+
+def test_resnet_channels_are_the_papers():
+    """Tables 4 and 5 of SNGAN, at 32 and 128 pixels (the latter's widths divided by 16)."""
+    blocks = gan.ResNetDiscriminator(32, spectral=False).blocks
+    assert [block.conv2.out_channels for block in blocks] == [128] * 4
+    assert [block.conv2.out_channels for block in gan.ResNetGenerator(32).blocks] == [256] * 3
+    wide = gan.ResNetGenerator(128, width=4, max_multiplier=16)
+    assert wide.linear.out_features == 16 * 64
+    assert [block.conv2.out_channels for block in wide.blocks] == [64, 32, 16, 8, 4]
+    deep = gan.ResNetDiscriminator(128, width=4, max_multiplier=16, spectral=False)
+    assert [block.conv2.out_channels for block in deep.blocks] == [4, 8, 16, 32, 64, 64]
+
+
+def test_resnet_initial_values():
+    """Xavier uniform: gain sqrt(2) in residual blocks, 1 elsewhere."""
+    for model in (gan.ResNetGenerator(8, 3, 16, 32), gan.ResNetDiscriminator(8, 3, 16, spectral=False)):
+        for name, module in model.named_modules():
+            if not isinstance(module, nn.Conv2d | nn.Linear):
+                continue
+            inner = name.startswith("blocks") and "shortcut" not in name
+            fans = sum(module.weight.shape[:2]) * module.weight[0, 0].numel()
+            bound = (math.sqrt(2) if inner else 1) * math.sqrt(6 / fans)
+            largest = float(module.weight.detach().abs().max())
+            assert largest <= bound
+            if module.weight.numel() > 300:
+                assert largest > 0.98 * bound
+            assert module.bias is None or not module.bias.detach().any()
+
+
+def test_spectral_norm_reaches_every_weight():
+    discriminator = gan.ResNetDiscriminator(8, 1, 4)
+    images = torch.randn(4, 1, 8, 8)
+    for _ in range(40):
+        discriminator(images)
+    convolutions = [m for m in discriminator.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(convolutions) == 6
+    for module in convolutions:
+        sigma = torch.linalg.matrix_norm(module.weight.detach().flatten(1), 2)
+        assert float(sigma) == pytest.approx(1.0, abs=0.05)
+    real_logits, fake_logits = discriminator(images), discriminator(-images)
+    loss = gan.hinge_discriminator_loss(real_logits, fake_logits) + gan.r1_penalty(discriminator, images)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in discriminator.parameters())
+
+
+def test_same_size_block():
+    """SNGAN's: x + conv(relu(conv(relu(x))))."""
+    block = gan.ResNetDiscriminator(8, 1, 4, spectral=False).blocks[-1]
+    x = torch.randn(2, 4, 3, 3)
+    with torch.no_grad():
+        expected = x + nn.functional.conv2d(
+            nn.functional.conv2d(x.relu(), block.conv1.weight, block.conv1.bias, padding=1).relu(),
+            block.conv2.weight,
+            block.conv2.bias,
+            padding=1,
+        )
+        torch.testing.assert_close(block(x), expected)
+
+
+def test_same_seed_same_network():
+    for build in (lambda: gan.DCGANGenerator(8, 1, 4, 5), lambda: gan.ResNetDiscriminator(8, 1, 4)):
+        states = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            states.append(build().state_dict())
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_bad_input():
+    for build in (gan.DCGANGenerator, gan.DCGANDiscriminator, gan.ResNetGenerator, gan.ResNetDiscriminator):
+        for size in (4, 12, 0):
+            with pytest.raises(ValueError, match=f"size: expected a power of two from 8 on, got {size}"):
+                build(size)
+        with pytest.raises(ValueError, match="width: expected a positive number, got 0"):
+            build(8, width=0)
+    with pytest.raises(ValueError, match="1 to 3 halvings of size 8"):
+        gan.ResNetDiscriminator(8, halvings=4)
+    for generator in (gan.DCGANGenerator(8, 1, 2, 5), gan.ResNetGenerator(8, 1, 2, 5)):
+        for shape in ((2, 4), (2, 5, 2, 2), (5,)):
+            with pytest.raises(ValueError, match=r"expected latents \(N, 5\)"):
+                generator(torch.randn(shape))
+    for discriminator in (gan.DCGANDiscriminator(8, 1, 2), gan.ResNetDiscriminator(8, 1, 2)):
+        with pytest.raises(ValueError, match=r"expected images \(N, 1, 8, 8\), got \(2, 3, 8, 8\)"):
+            discriminator(torch.randn(2, 3, 8, 8))
