@@ -87,7 +87,9 @@ def batch_norm_act(
     else:
         outputs = ops.batch_norm_act(*args)
     y, mean, var, _, count, _ = outputs
-    if training and running_mean is not None and running_var is not None:
+    # Like PyTorch, an empty batch leaves them as they are; with a group another rank may have values.
+    updates = training and (x.numel() > 0 or group != "")
+    if updates and running_mean is not None and running_var is not None:
         _update(running_mean, running_var, mean, var, count, momentum)
     return y
 
