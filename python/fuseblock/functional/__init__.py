@@ -2,6 +2,7 @@
 
 from ._bias_act import bias_act
 from ._conv import conv1d, conv2d, conv_transpose1d, conv_transpose2d
+from ._instance_norm import instance_norm_act
 from ._lstm import lstm, lstm_cell, lstm_gates, lstm_recurrence
 from ._minibatch import minibatch_stddev
 from ._norm import batch_norm_act
@@ -16,6 +17,7 @@ __all__ = [
     "conv_transpose2d",
     "downsample2d",
     "filter2d",
+    "instance_norm_act",
     "lstm",
     "lstm_cell",
     "lstm_gates",
