@@ -4,7 +4,7 @@
 #   make test           build, run the tests
 #   make test-slow      the long sweeps: sanitizers, every configuration, mutants
 #   make gpu            on a machine with an NVIDIA GPU: build, pytest -m gpu, the GPU benchmark
-#   make example        the forecasting example
+#   make example        the examples: forecasts with LSTMs, digits with a DCGAN
 #   make lint           ruff and mypy
 #   make check-torch    import, opcheck and parity on the oldest supported torch, in a virtual environment of its own
 
@@ -39,7 +39,8 @@ gpu:
 	sh tools/gpu.sh $(OUT)
 
 example: build
-	$(PY) examples/forecast.py --out $(OUT)
+	$(PY) examples/forecast.py --plot $(OUT)/forecast.png
+	$(PY) examples/dcgan.py --out $(OUT)/dcgan --require 0.5
 
 lint: build
 	$(PY) -m ruff check .
