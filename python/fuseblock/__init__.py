@@ -1,10 +1,11 @@
 """fuseblock: fused, twice differentiable kernels for PyTorch LSTMs and GAN blocks.
 
 `fuseblock.nn` has drop-in modules, `fuseblock.functional` the functions behind them, `fuseblock.fuse` swaps the modules
-of an existing model in place. `fuseblock.explain` tells who would run a call and why.
+of an existing model in place. `fuseblock.gan` has adversarial losses, gradient penalties, averaged weights and models.
+`fuseblock.explain` tells who would run a call and why.
 """
 
-from . import functional, nn
+from . import functional, gan, nn
 from .compile import enable_compile
 from .dispatch import BackendError, backend
 from .explain import explain
@@ -20,6 +21,7 @@ __all__ = [
     "explain",
     "functional",
     "fuse",
+    "gan",
     "nn",
     "unfuse",
 ]
