@@ -12,7 +12,14 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fuseblock
 
-FUSED = {torch.nn.LSTM: fuseblock.nn.LSTM, torch.nn.LSTMCell: fuseblock.nn.LSTMCell}
+FUSED = {
+    torch.nn.LSTM: fuseblock.nn.LSTM,
+    torch.nn.LSTMCell: fuseblock.nn.LSTMCell,
+    torch.nn.Conv1d: fuseblock.nn.Conv1d,
+    torch.nn.Conv2d: fuseblock.nn.Conv2d,
+    torch.nn.ConvTranspose1d: fuseblock.nn.ConvTranspose1d,
+    torch.nn.ConvTranspose2d: fuseblock.nn.ConvTranspose2d,
+}
 
 
 def twins(
