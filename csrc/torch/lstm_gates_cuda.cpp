@@ -10,11 +10,12 @@
 namespace fuseblock::torch_cuda {
 namespace {
 
-// What T-typed and C-typed operands of one call must look like.
-struct StepOperands {
+// One call: what its T-typed and C-typed operands must look like, and the launch on the device of its gates.
+class StepCall {
+ public:
   Expected gates, cells, states;  // T (rows, 4H), T (rows, H), C (rows, H)
 
-  StepOperands(const char* op, const Tensor& gates_tensor, const Tensor& c) {
+  StepCall(const char* op, const Tensor& gates_tensor, const Tensor& c) : device_(gates_tensor) {
     const int64_t hidden = c.dim() > 0 ? c.size(c.dim() - 1) : 0;
     const int64_t rows = hidden > 0 ? c.numel() / hidden : 0;
     const int32_t device = gates_tensor.get_device_index();
@@ -23,6 +24,8 @@ struct StepOperands {
     states = {op, c.scalar_type(), device, rows, hidden};
     const bool fits = c.scalar_type() == gates_tensor.scalar_type() || c.scalar_type() == state_dtype(gates_tensor);
     STD_TORCH_CHECK(fits, "fuseblock::", op, ": c must have the dtype of gates or the state dtype");
+    dtype_ = dtype_number(gates_tensor, op);
+    c_dtype_ = dtype_number(c, op);
   }
 
   LstmStepShape shape() const { return {states.rows, states.columns, nullptr, 0}; }
@@ -40,6 +43,15 @@ struct StepOperands {
     }
     return shape;
   }
+
+  template <class Step>
+  void launch(int (*launcher)(const Step*, int, int, void*), const Step& step) const {
+    check_launch(launcher(&step, dtype_, c_dtype_, device_.stream()), states.op);
+  }
+
+ private:
+  OnDeviceOf device_;
+  DType dtype_, c_dtype_;
 };
 
 Tensor fresh_like(const Tensor& shape_of, const Tensor& dtype_of) {
@@ -49,104 +61,75 @@ Tensor fresh_like(const Tensor& shape_of, const Tensor& dtype_of) {
 Rows fresh_rows(const Tensor& x) { return {x.data_ptr(), x.size(x.dim() - 1)}; }
 
 std::tuple<Tensor, Tensor> lstm_gates(const Tensor& gates, const Tensor& c) {
-  constexpr const char* op = "lstm_gates";
-  const OnDeviceOf device(gates);
-  const StepOperands is(op, gates, c);
-  const InputRows pre(gates, "gates", is.gates), c_prev(c, "c", is.states);
+  const StepCall call("lstm_gates", gates, c);
+  const InputRows pre(gates, "gates", call.gates), c_prev(c, "c", call.states);
   Tensor h = fresh_like(c, gates), c_new = fresh_like(c, c);
-  LstmStepFwd step{};
-  step.shape = is.shape();
-  step.pre = pre;
-  step.c_prev = c_prev;
-  step.h = fresh_rows(h);
-  step.c = fresh_rows(c_new);
-  check_launch(launch_lstm_step_fwd(&step, dtype_number(gates, op), dtype_number(c, op), device.stream()), op);
+  const LstmStepFwd step{
+      .shape = call.shape(), .pre = pre, .c_prev = c_prev, .h = fresh_rows(h), .c = fresh_rows(c_new)};
+  call.launch(launch_lstm_step_fwd, step);
   return {h, c_new};
 }
 
 std::tuple<Tensor, Tensor> lstm_gates_bwd(const MaybeTensor& dh, const MaybeTensor& dc_new, const Tensor& gates,
                                           const Tensor& c) {
-  constexpr const char* op = "lstm_gates_bwd";
-  const OnDeviceOf device(gates);
-  const StepOperands is(op, gates, c);
-  const InputRows pre(gates, "gates", is.gates), c_prev(c, "c", is.states);
-  const InputRows dm(dh, "dh", is.cells), dc(dc_new, "dc_new", is.states);
+  const StepCall call("lstm_gates_bwd", gates, c);
+  const InputRows pre(gates, "gates", call.gates), c_prev(c, "c", call.states);
+  const InputRows dm(dh, "dh", call.cells), dc(dc_new, "dc_new", call.states);
   Tensor dgates = fresh_like(gates, gates), dc_prev = fresh_like(c, c);
-  LstmStepBwd step{};
-  step.shape = is.shape();
-  step.gates = pre;
-  step.c_prev = c_prev;
-  step.dm = dm;
-  step.dc = dc;
-  step.delta = fresh_rows(dgates);
-  step.dc_prev = fresh_rows(dc_prev);
-  check_launch(launch_lstm_gates_bwd(&step, dtype_number(gates, op), dtype_number(c, op), device.stream()), op);
+  const LstmStepBwd step{.shape = call.shape(), .gates = pre, .c_prev = c_prev, .dm = dm, .dc = dc,
+                         .delta = fresh_rows(dgates), .dc_prev = fresh_rows(dc_prev)};
+  call.launch(launch_lstm_gates_bwd, step);
   return {dgates, dc_prev};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_gates_bwd_bwd(const MaybeTensor& v_dgates, const MaybeTensor& v_dc,
                                                               const MaybeTensor& dh, const MaybeTensor& dc_new,
                                                               const Tensor& gates, const Tensor& c) {
-  constexpr const char* op = "lstm_gates_bwd_bwd";
-  const OnDeviceOf device(gates);
-  const StepOperands is(op, gates, c);
-  const InputRows pre(gates, "gates", is.gates), c_prev(c, "c", is.states);
-  const InputRows dm(dh, "dh", is.cells), dc(dc_new, "dc_new", is.states);
-  const InputRows v(v_dgates, "v_dgates", is.gates), v_dc_prev(v_dc, "v_dc", is.states);
+  const StepCall call("lstm_gates_bwd_bwd", gates, c);
+  const InputRows pre(gates, "gates", call.gates), c_prev(c, "c", call.states);
+  const InputRows dm(dh, "dh", call.cells), dc(dc_new, "dc_new", call.states);
+  const InputRows v(v_dgates, "v_dgates", call.gates), v_dc_prev(v_dc, "v_dc", call.states);
   Tensor a_dh = fresh_like(c, gates), a_dc_new = fresh_like(c, c);
   Tensor a_gates = fresh_like(gates, gates), a_c = fresh_like(c, c);
-  LstmStepBwdBwd step{};
-  step.shape = is.shape();
-  step.gates = pre;
-  step.c_prev = c_prev;
-  step.dm = dm;
-  step.dc = dc;
-  step.v = v;
-  step.v_dc_prev = v_dc_prev;
-  step.a_dm = fresh_rows(a_dh);
-  step.a_dc = fresh_rows(a_dc_new);
-  step.a_gates = fresh_rows(a_gates);
-  step.a_c_prev = fresh_rows(a_c);
-  check_launch(launch_lstm_gates_bwd_bwd(&step, dtype_number(gates, op), dtype_number(c, op), device.stream()), op);
+  const LstmStepBwdBwd step{.shape = call.shape(), .gates = pre, .c_prev = c_prev, .dm = dm, .dc = dc, .v = v,
+                            .v_dc_prev = v_dc_prev, .a_dm = fresh_rows(a_dh), .a_dc = fresh_rows(a_dc_new),
+                            .a_gates = fresh_rows(a_gates), .a_c_prev = fresh_rows(a_c)};
+  call.launch(launch_lstm_gates_bwd_bwd, step);
   return {a_dh, a_dc_new, a_gates, a_c};
 }
 
 void lstm_step_fwd(const Tensor& pre, const Tensor& c_prev, const Tensor& h_out, const Tensor& c_out,
                    const MaybeTensor& acts_out, const MaybeTensor& lengths, int64_t t, const MaybeTensor& h_state) {
-  constexpr const char* op = "lstm_step_fwd";
-  const OnDeviceOf device(pre);
-  const StepOperands is(op, pre, c_prev);
-  const LstmStepFwd step{is.shape(lengths, t),
-                         matrix_rows(pre, "pre", is.gates),
-                         matrix_rows(c_prev, "c_prev", is.states),
-                         matrix_rows(h_out, "h_out", is.cells),
-                         matrix_rows(c_out, "c_out", is.states),
-                         matrix_rows(acts_out, "acts_out", is.gates),
-                         matrix_rows(h_state, "h_state", is.cells)};
-  check_launch(launch_lstm_step_fwd(&step, dtype_number(pre, op), dtype_number(c_prev, op), device.stream()), op);
+  const StepCall call("lstm_step_fwd", pre, c_prev);
+  const LstmStepFwd step{call.shape(lengths, t),
+                         matrix_rows(pre, "pre", call.gates),
+                         matrix_rows(c_prev, "c_prev", call.states),
+                         matrix_rows(h_out, "h_out", call.cells),
+                         matrix_rows(c_out, "c_out", call.states),
+                         matrix_rows(acts_out, "acts_out", call.gates),
+                         matrix_rows(h_state, "h_state", call.cells)};
+  call.launch(launch_lstm_step_fwd, step);
 }
 
 void lstm_step_bwd(const Tensor& acts, const Tensor& c_prev, const Tensor& c_new, const MaybeTensor& dm,
                    const MaybeTensor& dc, const MaybeTensor& ext, const MaybeTensor& lengths, int64_t t,
                    const MaybeTensor& delta_out, const Tensor& dc_prev_out, const MaybeTensor& dm_keep,
                    const MaybeTensor& dc_total_out, const MaybeTensor& dy, const MaybeTensor& d_c) {
-  constexpr const char* op = "lstm_step_bwd";
-  const OnDeviceOf device(acts);
-  const StepOperands is(op, acts, c_prev);
-  const LstmStepBwd step{is.shape(lengths, t),
-                         matrix_rows(acts, "acts", is.gates),
-                         matrix_rows(c_prev, "c_prev", is.states),
-                         matrix_rows(c_new, "c_new", is.states),
-                         matrix_rows(dm, "dm", is.cells),
-                         matrix_rows(dy, "dy", is.cells),
-                         matrix_rows(dc, "dc", is.states),
-                         matrix_rows(d_c, "d_c", is.states),
-                         matrix_rows(ext, "ext", is.gates),
-                         matrix_rows(delta_out, "delta_out", is.gates),
-                         matrix_rows(dc_prev_out, "dc_prev_out", is.states),
-                         matrix_rows(dm_keep, "dm_keep", is.cells),
-                         matrix_rows(dc_total_out, "dc_total_out", is.states)};
-  check_launch(launch_lstm_step_bwd(&step, dtype_number(acts, op), dtype_number(c_prev, op), device.stream()), op);
+  const StepCall call("lstm_step_bwd", acts, c_prev);
+  const LstmStepBwd step{call.shape(lengths, t),
+                         matrix_rows(acts, "acts", call.gates),
+                         matrix_rows(c_prev, "c_prev", call.states),
+                         matrix_rows(c_new, "c_new", call.states),
+                         matrix_rows(dm, "dm", call.cells),
+                         matrix_rows(dy, "dy", call.cells),
+                         matrix_rows(dc, "dc", call.states),
+                         matrix_rows(d_c, "d_c", call.states),
+                         matrix_rows(ext, "ext", call.gates),
+                         matrix_rows(delta_out, "delta_out", call.gates),
+                         matrix_rows(dc_prev_out, "dc_prev_out", call.states),
+                         matrix_rows(dm_keep, "dm_keep", call.cells),
+                         matrix_rows(dc_total_out, "dc_total_out", call.states)};
+  call.launch(launch_lstm_step_bwd, step);
 }
 
 void lstm_step_bwd_bwd(const Tensor& acts, const Tensor& c_prev, const Tensor& c_new, const MaybeTensor& dm,
@@ -154,26 +137,24 @@ void lstm_step_bwd_bwd(const Tensor& acts, const Tensor& c_prev, const Tensor& c
                        const MaybeTensor& v_dc_prev, const MaybeTensor& lengths, int64_t t, const Tensor& a_dm_out,
                        const Tensor& a_dc_out, const MaybeTensor& a_ext_out, const Tensor& a_acts_out,
                        const Tensor& a_c_prev_out, const Tensor& a_c_new_out, const MaybeTensor& a_dm_state) {
-  constexpr const char* op = "lstm_step_bwd_bwd";
-  const OnDeviceOf device(acts);
-  const StepOperands is(op, acts, c_prev);
-  const LstmStepBwdBwd step{is.shape(lengths, t),
-                            matrix_rows(acts, "acts", is.gates),
-                            matrix_rows(c_prev, "c_prev", is.states),
-                            matrix_rows(c_new, "c_new", is.states),
-                            matrix_rows(dm, "dm", is.cells),
-                            matrix_rows(dc_total, "dc_total", is.states),
-                            matrix_rows(ext, "ext", is.gates),
-                            matrix_rows(v, "v", is.gates),
-                            matrix_rows(v_dc_prev, "v_dc_prev", is.states),
-                            matrix_rows(a_dm_out, "a_dm_out", is.cells),
-                            matrix_rows(a_dc_out, "a_dc_out", is.states),
-                            matrix_rows(a_ext_out, "a_ext_out", is.gates),
-                            matrix_rows(a_acts_out, "a_acts_out", is.gates),
-                            matrix_rows(a_c_prev_out, "a_c_prev_out", is.states),
-                            matrix_rows(a_c_new_out, "a_c_new_out", is.states),
-                            matrix_rows(a_dm_state, "a_dm_state", is.cells)};
-  check_launch(launch_lstm_step_bwd_bwd(&step, dtype_number(acts, op), dtype_number(c_prev, op), device.stream()), op);
+  const StepCall call("lstm_step_bwd_bwd", acts, c_prev);
+  const LstmStepBwdBwd step{call.shape(lengths, t),
+                            matrix_rows(acts, "acts", call.gates),
+                            matrix_rows(c_prev, "c_prev", call.states),
+                            matrix_rows(c_new, "c_new", call.states),
+                            matrix_rows(dm, "dm", call.cells),
+                            matrix_rows(dc_total, "dc_total", call.states),
+                            matrix_rows(ext, "ext", call.gates),
+                            matrix_rows(v, "v", call.gates),
+                            matrix_rows(v_dc_prev, "v_dc_prev", call.states),
+                            matrix_rows(a_dm_out, "a_dm_out", call.cells),
+                            matrix_rows(a_dc_out, "a_dc_out", call.states),
+                            matrix_rows(a_ext_out, "a_ext_out", call.gates),
+                            matrix_rows(a_acts_out, "a_acts_out", call.gates),
+                            matrix_rows(a_c_prev_out, "a_c_prev_out", call.states),
+                            matrix_rows(a_c_new_out, "a_c_new_out", call.states),
+                            matrix_rows(a_dm_state, "a_dm_state", call.cells)};
+  call.launch(launch_lstm_step_bwd_bwd, step);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fuseblock_cuda, m) {
