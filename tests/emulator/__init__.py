@@ -13,10 +13,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import pytest
 
+from .batch_norm_act import EmulatedBatchNormAct
 from .build import ROOT, Unavailable, build
 from .lstm_gates import EmulatedCuda
 
@@ -34,16 +36,24 @@ def load(variant: str | None = None) -> EmulatedCuda:
             Default: the environment variable FUSEBLOCK_EMULATOR_VARIANT, else ``plain``.
     """
     variant = variant or os.environ.get("FUSEBLOCK_EMULATOR_VARIANT", "plain")
-    sources = [_HERE / "binding.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    families = {"lstm_gates": "binding.cpp", "batch_norm_act": "binding_batch_norm_act.cpp"}
+    with ThreadPoolExecutor() as pool:
+        gates, norm = pool.map(lambda item: _module(*item, variant), families.items())
+    return EmulatedCuda(gates, EmulatedBatchNormAct(norm))
+
+
+def _module(op: str, binding: str, variant: str) -> ModuleType:
+    """The launchers of csrc/cuda/<op>.cu as a Python module of their own: one emulator each."""
+    sources = [_HERE / binding, ROOT / "csrc" / "cuda" / f"{op}.cu"]
     try:
-        path = build("emulated_lstm_gates", sources, module=True, variant=variant)
+        path = build(f"emulated_{op}", sources, module=True, variant=variant)
     except Unavailable as reason:
         pytest.skip(f"the CUDA emulator cannot be built: {reason}")
-    return EmulatedCuda(_import(path))
+    return _import(f"emulated_{op}", path)
 
 
-def _import(path: os.PathLike[str]) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("emulated_lstm_gates", path)
+def _import(name: str, path: os.PathLike[str]) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -7,9 +7,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .batch_norm_act import EmulatedBatchNormAct
+
 
 class EmulatedCuda:
-    """Operators ``lstm_gates``, ``_bwd`` and ``_bwd_bwd`` with the signatures of ``torch.ops.fuseblock_cuda``.
+    """Operators ``lstm_gates``, ``_bwd`` and ``_bwd_bwd`` with the signatures of ``torch.ops.fuseblock_cuda``, and
+    those of the family ``batch_norm_act``.
 
     Outputs that the operators allocate start as NaN, so that an element that a kernel forgets is noticed.
 
@@ -18,11 +21,14 @@ class EmulatedCuda:
         set_seed: (int) order in which the threads of a block take turns, 0: ascending.
         set_workers: (int) how many blocks run at the same time.
         last_launch: [blocks over rows, blocks over units, threads over units, threads over rows].
+        norm: the kernels of batch_norm_act, which have an emulator of their own.
         launch_nothing: (rows, hidden, dtype number, c_dtype number) the error of a launch without operands.
     """
 
-    def __init__(self, module: ModuleType) -> None:
-        self._module = module
+    def __init__(self, module: ModuleType, norm: EmulatedBatchNormAct) -> None:
+        self._module, self.norm = module, norm
+        for op, run in norm.operators().items():
+            setattr(self, op, run)
         self.step_fwd, self.step_bwd, self.step_bwd_bwd = (
             module.step_fwd,
             module.step_bwd,

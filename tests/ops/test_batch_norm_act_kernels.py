@@ -69,7 +69,7 @@ def cuda_kernels() -> Any:
         return CudaKernels(torch.ops.fuseblock_cuda)
     from ..emulator import load
 
-    return load().batch_norm_act_kernels
+    return load().norm.kernels
 
 
 @pytest.fixture(params=[pytest.param(name, marks=_ON_GPU) for name in ("triton", "cuda")])

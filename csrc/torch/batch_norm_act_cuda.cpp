@@ -1,0 +1,219 @@
+// CUDA operators of batch_norm_act: the six kernels, called by python/fuseblock/launch/batch_norm_act.py.
+#if defined(WITH_CUDA)
+
+#include "cuda/batch_norm_act.h"
+
+#include <tuple>
+
+#include "torch/cuda_tensors.h"
+
+namespace fuseblock::torch_cuda {
+namespace {
+
+using Launcher = int (*)(const BatchNormAct*, int, void*);
+
+// One call: the operands, checked against x, and what they are launched with.
+class NormCall {
+ public:
+  NormCall(const char* name, const Tensor& x) : op{}, name_(name), x_(x), device_(x) {
+    STD_TORCH_CHECK(x.dim() >= 2, "fuseblock::", name, ": expected x with 2 dimensions or more, got ", x.dim());
+    const int64_t positions = x.size(1) > 0 && x.size(0) > 0 ? x.numel() / (x.size(0) * x.size(1)) : 0;
+    op.channels_last = positions == 1 || !x.is_contiguous();
+    STD_TORCH_CHECK(!op.channels_last || positions == 0 || is_channels_last(x), "fuseblock::", name,
+                    ": expected x contiguous or channels-last");
+    op.samples = op.channels_last ? 1 : x.size(0);
+    op.channels = x.size(1);
+    op.size = op.channels_last ? x.size(0) * positions : positions;
+    op.x = x.data_ptr();
+  }
+
+  // A tensor of x's shape, dtype and strides.
+  const void* like_x(const MaybeTensor& t, const char* what) const {
+    if (!t.has_value()) return nullptr;
+    bool same = t->dim() == x_.dim() && t->scalar_type() == x_.scalar_type() && on_device(*t);
+    for (int64_t d = 0; same && d < x_.dim(); ++d) {
+      same = t->size(d) == x_.size(d) && (t->size(d) == 1 || t->stride(d) == x_.stride(d));
+    }
+    STD_TORCH_CHECK(same, "fuseblock::", name_, ": ", what, " must have the shape, dtype, device and strides of x");
+    return t->data_ptr();
+  }
+
+  // `count` contiguous values in the dtype of the statistics.
+  const void* values(const MaybeTensor& t, const char* what, int64_t count) const {
+    if (!t.has_value()) return nullptr;
+    const bool fits = t->scalar_type() == state_dtype(x_) && t->numel() == count && t->is_contiguous() && on_device(*t);
+    STD_TORCH_CHECK(fits, "fuseblock::", name_, ": expected ", what, " with ", count, " contiguous elements of float32 (float64)");
+    return t->data_ptr();
+  }
+
+  void set_site(const MaybeTensor& mean, const MaybeTensor& invstd, const MaybeTensor& weight, const MaybeTensor& bias,
+                const MaybeTensor& residual, const MaybeTensor& mask, const MaybeTensor& slope, int64_t activation,
+                double negative_slope) {
+    op.mean = values(mean, "mean", op.channels);
+    op.invstd = values(invstd, "invstd", op.channels);
+    op.weight = values(weight, "weight", op.channels);
+    op.bias = values(bias, "bias", op.channels);
+    op.residual = like_x(residual, "residual");
+    op.slope_stride = slope.has_value() && slope->numel() != 1 ? 1 : 0;
+    op.slope = values(slope, "slope", op.slope_stride == 0 ? 1 : op.channels);
+    op.activation = static_cast<int>(activation);
+    op.negative_slope = negative_slope;
+    if (mask.has_value()) {
+      const bool fits = mask->scalar_type() == ScalarType::Byte && mask->numel() == mask_bytes() && mask->is_contiguous() &&
+                        on_device(*mask);
+      STD_TORCH_CHECK(fits, "fuseblock::", name_, ": expected mask with ", mask_bytes(), " contiguous bytes");
+      op.mask = static_cast<const uint8_t*>(mask->data_ptr());
+    }
+  }
+
+  int64_t mask_bytes() const { return (x_.numel() + 7) / 8; }
+  Tensor fresh_like_x() const { return torch::stable::empty_like(x_); }
+  Tensor fresh(std::initializer_list<int64_t> shape, ScalarType dtype) const {
+    return torch::stable::new_empty(x_, shape, dtype);
+  }
+
+  // Runs a reduction; its sums (count, channels).
+  Tensor reduce(Launcher launcher, int64_t count) {
+    if (x_.numel() == 0) return torch::stable::new_zeros(x_, {count, op.channels}, state_dtype(x_));
+    Tensor sums = fresh({count, op.channels}, state_dtype(x_));
+    const int64_t splits = batch_norm_act_splits(&op);
+    Tensor workspace = fresh({splits > 1 ? splits * 12 * op.channels : 0}, state_dtype(x_));
+    op.sums = sums.data_ptr();
+    op.workspace = workspace.data_ptr();
+    run(launcher);
+    return sums;
+  }
+
+  void run(Launcher launcher) { check_launch(launcher(&op, dtype_number(x_, name_), device_.stream()), name_); }
+
+  BatchNormAct op;
+
+ private:
+  static bool is_channels_last(const Tensor& x) {
+    int64_t expected = x.size(1);
+    if (x.size(1) != 1 && x.stride(1) != 1) return false;
+    for (int64_t n = x.dim(); n-- > 0;) {
+      // The last dimension varies fastest after the channels, the first one slowest.
+      if (n == 1) continue;
+      if (x.size(n) != 1 && x.stride(n) != expected) return false;
+      expected *= x.size(n);
+    }
+    return true;
+  }
+
+  bool on_device(const Tensor& t) const { return t.is_cuda() && t.get_device_index() == x_.get_device_index(); }
+
+  const char* name_;
+  const Tensor& x_;
+  OnDeviceOf device_;
+};
+
+constexpr int kPrelu = 3;  // enum class Activation
+
+Tensor batch_norm_act_stats(const Tensor& x) {
+  NormCall call("batch_norm_act_stats", x);
+  return call.reduce(launch_batch_norm_act_stats, 2);
+}
+
+std::tuple<Tensor, Tensor> batch_norm_act_fwd(const Tensor& x, const Tensor& mean, const Tensor& invstd,
+                                              const MaybeTensor& weight, const MaybeTensor& bias,
+                                              const MaybeTensor& residual, const MaybeTensor& slope, int64_t activation,
+                                              double negative_slope, bool want_mask) {
+  NormCall call("batch_norm_act_fwd", x);
+  call.set_site(mean, invstd, weight, bias, residual, std::nullopt, slope, activation, negative_slope);
+  Tensor y = call.fresh_like_x(), mask = call.fresh({want_mask ? call.mask_bytes() : 0}, ScalarType::Byte);
+  call.op.y = y.data_ptr();
+  if (want_mask) call.op.new_mask = static_cast<uint8_t*>(mask.data_ptr());
+  call.run(launch_batch_norm_act_fwd);
+  return {y, mask};
+}
+
+Tensor batch_norm_act_bwd_reduce(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& invstd,
+                                 const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
+                                 const MaybeTensor& mask, const MaybeTensor& slope, int64_t activation,
+                                 double negative_slope) {
+  NormCall call("batch_norm_act_bwd_reduce", x);
+  call.set_site(mean, invstd, weight, bias, residual, mask, slope, activation, negative_slope);
+  call.op.dy = call.like_x(dy, "dy");
+  return call.reduce(launch_batch_norm_act_bwd_reduce, activation == kPrelu ? 3 : 2);
+}
+
+std::tuple<Tensor, Tensor> batch_norm_act_bwd(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& invstd,
+                                              const MaybeTensor& weight, const MaybeTensor& bias,
+                                              const MaybeTensor& residual, const MaybeTensor& mask,
+                                              const MaybeTensor& slope, int64_t activation, double negative_slope,
+                                              const Tensor& k, bool want_dresidual) {
+  NormCall call("batch_norm_act_bwd", x);
+  call.set_site(mean, invstd, weight, bias, residual, mask, slope, activation, negative_slope);
+  call.op.dy = call.like_x(dy, "dy");
+  call.op.k = call.values(k, "k", 3 * call.op.channels);
+  Tensor dx = call.fresh_like_x();
+  Tensor dresidual = want_dresidual ? call.fresh_like_x() : call.fresh({0}, x.scalar_type());
+  call.op.dx = dx.data_ptr();
+  if (want_dresidual) call.op.dresidual = dresidual.data_ptr();
+  call.run(launch_batch_norm_act_bwd);
+  return {dx, dresidual};
+}
+
+Tensor batch_norm_act_bwd_bwd_reduce(const MaybeTensor& v, const MaybeTensor& v_residual, const Tensor& dy,
+                                     const Tensor& x, const Tensor& mean, const Tensor& invstd, const MaybeTensor& weight,
+                                     const MaybeTensor& bias, const MaybeTensor& residual, const MaybeTensor& mask,
+                                     const MaybeTensor& slope, int64_t activation, double negative_slope) {
+  NormCall call("batch_norm_act_bwd_bwd_reduce", x);
+  call.set_site(mean, invstd, weight, bias, residual, mask, slope, activation, negative_slope);
+  call.op.dy = call.like_x(dy, "dy");
+  call.op.v = call.like_x(v, "v");
+  call.op.v_residual = call.like_x(v_residual, "v_residual");
+  const int64_t sums = activation < kPrelu ? 5 : v_residual.has_value() ? 12 : 10;
+  return call.reduce(launch_batch_norm_act_bwd_bwd_reduce, sums);
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_act_bwd_bwd(
+    const MaybeTensor& v, const MaybeTensor& v_residual, const Tensor& dy, const Tensor& x, const Tensor& mean,
+    const Tensor& invstd, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
+    const MaybeTensor& mask, const MaybeTensor& slope, int64_t activation, double negative_slope, const Tensor& k) {
+  NormCall call("batch_norm_act_bwd_bwd", x);
+  call.set_site(mean, invstd, weight, bias, residual, mask, slope, activation, negative_slope);
+  call.op.dy = call.like_x(dy, "dy");
+  call.op.v = call.like_x(v, "v");
+  call.op.v_residual = call.like_x(v_residual, "v_residual");
+  call.op.k = call.values(k, "k", 9 * call.op.channels);
+  Tensor a_x = call.fresh_like_x(), a_dy = call.fresh_like_x();
+  Tensor a_residual = residual.has_value() ? call.fresh_like_x() : call.fresh({0}, x.scalar_type());
+  call.op.a_x = a_x.data_ptr();
+  call.op.a_dy = a_dy.data_ptr();
+  if (residual.has_value()) call.op.a_residual = a_residual.data_ptr();
+  call.run(launch_batch_norm_act_bwd_bwd);
+  return {a_x, a_dy, a_residual};
+}
+
+#define FB_SITE                                                                                                   \
+  "Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, Tensor? slope," \
+  " int activation, float negative_slope"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fuseblock_cuda, m) {
+  m.def("batch_norm_act_stats(Tensor x) -> Tensor");
+  m.def(
+      "batch_norm_act_fwd(Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? residual,"
+      " Tensor? slope, int activation, float negative_slope, bool want_mask) -> (Tensor, Tensor)");
+  m.def("batch_norm_act_bwd_reduce(Tensor dy, " FB_SITE ") -> Tensor");
+  m.def("batch_norm_act_bwd(Tensor dy, " FB_SITE ", Tensor k, bool want_dresidual) -> (Tensor, Tensor)");
+  m.def("batch_norm_act_bwd_bwd_reduce(Tensor? v, Tensor? v_residual, Tensor dy, " FB_SITE ") -> Tensor");
+  m.def(
+      "batch_norm_act_bwd_bwd(Tensor? v, Tensor? v_residual, Tensor dy, " FB_SITE
+      ", Tensor k) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fuseblock_cuda, CUDA, m) {
+  m.impl("batch_norm_act_stats", TORCH_BOX(&batch_norm_act_stats));
+  m.impl("batch_norm_act_fwd", TORCH_BOX(&batch_norm_act_fwd));
+  m.impl("batch_norm_act_bwd_reduce", TORCH_BOX(&batch_norm_act_bwd_reduce));
+  m.impl("batch_norm_act_bwd", TORCH_BOX(&batch_norm_act_bwd));
+  m.impl("batch_norm_act_bwd_bwd_reduce", TORCH_BOX(&batch_norm_act_bwd_bwd_reduce));
+  m.impl("batch_norm_act_bwd_bwd", TORCH_BOX(&batch_norm_act_bwd_bwd));
+}
+
+}  // namespace
+}  // namespace fuseblock::torch_cuda
+
+#endif

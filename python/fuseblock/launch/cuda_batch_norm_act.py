@@ -1,0 +1,58 @@
+"""The CUDA C++ kernels of batch_norm_act as the driver wants them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .batch_norm_act import Site
+
+
+class CudaKernels:
+    """The functions of `batch_norm_act.Kernels` on operators with the names and signatures of torch.ops.fuseblock_cuda."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+
+    @staticmethod
+    def _site(site: Site) -> tuple[Any, ...]:
+        return (
+            site.x, site.mean, site.invstd, site.weight, site.bias, site.residual, site.mask, site.slope,
+            site.activation, site.negative_slope,
+        )  # fmt: skip
+
+    def stats(self, x: Tensor) -> Tensor:
+        """See `batch_norm_act.Kernels.stats`."""
+        result: Tensor = self._raw.batch_norm_act_stats(x)
+        return result
+
+    def fwd_apply(self, site: Site, want_mask: bool) -> tuple[Tensor, Tensor | None]:
+        """See `batch_norm_act.Kernels.fwd_apply`."""
+        operands = site.x, site.mean, site.invstd, site.weight, site.bias, site.residual, site.slope
+        y, mask = self._raw.batch_norm_act_fwd(*operands, site.activation, site.negative_slope, want_mask)
+        return y, mask if want_mask else None
+
+    def bwd_reduce(self, dy: Tensor, site: Site) -> Tensor:
+        """See `batch_norm_act.Kernels.bwd_reduce`."""
+        result: Tensor = self._raw.batch_norm_act_bwd_reduce(dy, *self._site(site))
+        return result
+
+    def bwd_apply(
+        self, dy: Tensor, site: Site, k: Tensor, want_dresidual: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `batch_norm_act.Kernels.bwd_apply`."""
+        dx, dresidual = self._raw.batch_norm_act_bwd(dy, *self._site(site), k, want_dresidual)
+        return dx, dresidual if want_dresidual else None
+
+    def bwd_bwd_reduce(self, v: Tensor | None, v_residual: Tensor | None, dy: Tensor, site: Site) -> Tensor:
+        """See `batch_norm_act.Kernels.bwd_bwd_reduce`."""
+        result: Tensor = self._raw.batch_norm_act_bwd_bwd_reduce(v, v_residual, dy, *self._site(site))
+        return result
+
+    def bwd_bwd_apply(
+        self, v: Tensor | None, v_residual: Tensor | None, dy: Tensor, site: Site, k: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `batch_norm_act.Kernels.bwd_bwd_apply`."""
+        a_x, a_dy, a_residual = self._raw.batch_norm_act_bwd_bwd(v, v_residual, dy, *self._site(site), k)
+        return a_x, a_dy, None if site.residual is None else a_residual
