@@ -32,7 +32,7 @@ struct KernelTable {
                        int64_t begin, int64_t end);
   void (*layer_add_dx)(const LayerBwd&, int64_t begin, int64_t end);
 
-  // Output rows [begin, end), counted over planes and chunks of channels; scratch of plan.scratch_bytes.
+  // Output rows [begin, end), counted over groups of planes and chunks of channels; scratch of plan.scratch_bytes.
   void (*upfirdn2d)(const Upfirdn2dPlan&, int64_t begin, int64_t end, void* scratch);
 
   // Elements [begin, end), begin a multiple of 8 where a mask is written. sums: two a channel, added to; scratch: two

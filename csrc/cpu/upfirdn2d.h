@@ -26,7 +26,7 @@ struct RowTap {
 
 // How rows are worked on. With g = gcd(up_x, down_x), outputs j = q up_x/g + r of one output phase r have the same taps, and
 // from q to q + 1 these move by down_x/g input pixels. So input rows are split into down_x/g phases, in which every tap of
-// every output phase is a row of consecutive pixels.
+// every output phase is a row of consecutive pixels. Rows of several narrow planes lie side by side in one.
 struct Upfirdn2dPlan {
   Upfirdn2d args;
   int64_t phases_in, phases_out;
@@ -36,8 +36,9 @@ struct Upfirdn2dPlan {
   int64_t split_pixels;                // pixels of a split row, padding included
   int64_t quotients;                   // pixels of an output phase
   int64_t chunk, chunks;               // channels that are worked on at a time, so that rows stay in cache; how many times
+  int64_t group, groups;               // planes that are worked on at a time; how many times
   int64_t ring_rows;                   // input rows that one output row may need
-  int64_t line, out_line, whole_line;  // elements of a split row, of an output phase, of a whole input or output row
+  int64_t line, whole_line;            // elements of a split row and of one that is not split, of a group and chunk
   int64_t scratch_bytes;               // memory that a thread needs
 };
 

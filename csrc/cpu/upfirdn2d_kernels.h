@@ -20,25 +20,29 @@ struct Upfirdn2dRows {
 
   const Upfirdn2dPlan& plan;
   const cpu::Upfirdn2d& a;
-  C *ring, *split_out, *whole;  // ring: [row][phase][line]; split_out: [phase][out_line]; whole: one row, not split
-  C* weight;                    // of the current output row and phase: product t is source[t][i] * weight[t]
+  C *ring, *split_out;       // ring: [row][phase][line]; split_out: [phase][line]
+  C *whole_in, *whole_out;   // [line], not split; for channels = 1
+  C* weight;                 // of the current output row and phase: product t is source[t][i] * weight[t]
   int64_t* row_in_slot;
   const C** source;
-  int64_t plane = -1, channel = 0, width = 0;  // current plane, first channel and number of channels of the chunk
+  int64_t plane = -1, count = 0, channel = 0, width = 0;  // current planes and channels: the first, and how many
 
   Upfirdn2dRows(const Upfirdn2dPlan& p, void* scratch) : plan(p), a(p.args) {
     ring = static_cast<C*>(scratch);
     split_out = ring + p.ring_rows * p.phases_in * p.line;
-    whole = split_out + p.phases_out * p.out_line;
-    row_in_slot = reinterpret_cast<int64_t*>(whole + p.whole_line);
+    whole_in = split_out + p.phases_out * p.line;
+    whole_out = whole_in + p.whole_line;
+    row_in_slot = reinterpret_cast<int64_t*>(whole_out + p.whole_line);
     source = reinterpret_cast<const C**>(row_in_slot + p.ring_rows);
     weight = reinterpret_cast<C*>(source + p.ring_rows * a.taps_x);
+    __builtin_memset(whole_in, 0, (size_t)p.whole_line * sizeof(C));
   }
 
-  // Starts a plane and chunk of channels. Zeros beside the pixels depend on the chunk's width alone.
-  void start(int64_t chunk_index) {
-    plane = chunk_index / plan.chunks;
-    channel = chunk_index % plan.chunks * plan.chunk;
+  // Starts a group of planes and a chunk of channels. The zeros beside the pixels are the same for all of one width.
+  void start(int64_t index) {
+    plane = index / plan.chunks * plan.group;
+    count = a.planes - plane < plan.group ? a.planes - plane : plan.group;
+    channel = index % plan.chunks * plan.chunk;
     const int64_t left = a.channels - channel, wide = left < plan.chunk ? left : plan.chunk;
     if (wide != width) {
       width = wide;
@@ -60,43 +64,44 @@ struct Upfirdn2dRows {
     if (i < n) store(to + i, load<C>(from + i, Tail{(int)(n - i)}), Tail{(int)(n - i)});
   }
 
-  // Pixels p with 0 <= (p + first_offset) phases_in + phase < in_w.
-  void pixels_inside(int64_t phase, int64_t& first, int64_t& last) const {
-    const int64_t step = plan.phases_in;
-    first = plan.first_offset < 0 ? -plan.first_offset : 0;
-    const int64_t end = (a.in_w - phase + step - 1) / step - plan.first_offset;
-    last = a.in_w <= phase ? first : end < plan.split_pixels ? end : plan.split_pixels;
+  // Input columns first <= j < last that split rows hold.
+  void columns_held(int64_t& first, int64_t& last) const {
+    const int64_t begin = plan.first_offset * plan.phases_in, end = begin + plan.split_pixels * plan.phases_in;
+    first = begin > 0 ? begin : 0;
+    last = end < a.in_w ? end : a.in_w;
     if (last < first) last = first;
   }
 
   // Puts an input row into its slot of the ring.
   void prepare(int64_t row) {
-    C* slot = ring + row % plan.ring_rows * plan.phases_in * plan.line;
-    const S* pixels = static_cast<const S*>(a.x) + (plane * a.in_h + row) * a.in_w * a.channels + channel;
-    const int64_t step = plan.phases_in;
+    C* const slot = ring + row % plan.ring_rows * plan.phases_in * plan.line;
+    const S* const pixels = static_cast<const S*>(a.x) + (plane * a.in_h + row) * a.in_w * a.channels + channel;
+    const int64_t step = plan.phases_in, begin = plan.first_offset * step;
     int64_t first, last;
-    if (step == 1 && width == a.channels) {
-      pixels_inside(0, first, last);
-      widen_row(pixels + (first + plan.first_offset) * width, slot + first * width, (last - first) * width);
-      return;
-    }
+    columns_held(first, last);
     if (a.channels == 1) {
-      widen_row(pixels, whole, a.in_w);
-      for (int64_t phase = 0; phase < step; ++phase) {
-        pixels_inside(phase, first, last);
-        const C* __restrict from = whole + (first + plan.first_offset) * step + phase;
-        C* __restrict to = slot + phase * plan.line + first;
-        const int64_t n = last - first;
-        if (step == 2) for (int64_t p = 0; p < n; ++p) to[p] = from[2 * p];
-        else for (int64_t p = 0; p < n; ++p) to[p] = from[step * p];
+      C* const held = step == 1 ? slot : whole_in;
+      for (int64_t p = 0; p < count; ++p) {
+        widen_row(pixels + p * a.in_h * a.in_w + first, held + p * plan.split_pixels * step + first - begin, last - first);
       }
-      return;
+      if (step > 1) split(whole_in, slot, count * plan.split_pixels);
+    } else if (step == 1 && width == a.channels) {
+      widen_row(pixels + first * width, slot + (first - begin) * width, (last - first) * width);
+    } else {
+      for (int64_t j = first; j < last; ++j) {
+        const int64_t at = j - begin;
+        widen_row(pixels + j * a.channels, slot + at % step * plan.line + at / step * width, width);
+      }
     }
+  }
+
+  // n pixels of every phase.
+  void split(const C* __restrict from, C* __restrict slot, int64_t n) const {
+    const int64_t step = plan.phases_in;
     for (int64_t phase = 0; phase < step; ++phase) {
-      pixels_inside(phase, first, last);
-      for (int64_t p = first; p < last; ++p) {
-        widen_row(pixels + ((p + plan.first_offset) * step + phase) * a.channels, slot + phase * plan.line + p * width, width);
-      }
+      C* __restrict to = slot + phase * plan.line;
+      if (step == 2) for (int64_t i = 0; i < n; ++i) to[i] = from[2 * i + phase];
+      else for (int64_t i = 0; i < n; ++i) to[i] = from[step * i + phase];
     }
   }
 
@@ -151,7 +156,7 @@ struct Upfirdn2dRows {
     if (first_tap < 0) first_tap += a.up_y;
     const C* const filter = static_cast<const C*>(a.weights);
     S* const to = static_cast<S*>(a.y) + (plane * a.out_h + out_row) * a.out_w * a.channels + channel;
-    const bool direct = plan.phases_out == 1 && width == a.channels;
+    const bool direct = plan.phases_out == 1 && plan.group == 1 && width == a.channels;
     for (int64_t phase = 0; phase < plan.phases_out; ++phase) {
       int64_t products = 0;
       for (int64_t k = first_tap; k < a.taps_y; k += a.up_y) {
@@ -168,9 +173,9 @@ struct Upfirdn2dRows {
           weight[products++] = filter[k * a.taps_x + tap.column];
         }
       }
-      const int64_t pixels = (a.out_w - phase + plan.phases_out - 1) / plan.phases_out;
-      if (direct) sum_row(products, pixels * width, to);
-      else sum_row(products, pixels * width, split_out + phase * plan.out_line);
+      const int64_t elements = ((count - 1) * plan.split_pixels + plan.quotients) * width;
+      if (direct) sum_row(products, elements, to);
+      else sum_row(products, elements, split_out + phase * plan.line);
     }
     if (!direct) join(to);
   }
@@ -178,27 +183,34 @@ struct Upfirdn2dRows {
   // Writes an output row from its phases.
   void join(S* to) {
     const int64_t step = plan.phases_out;
-    if (a.channels == 1) {
-      C* __restrict row = whole;
-      if (step == 2) {
-        const C *__restrict even = split_out, *__restrict odd = split_out + plan.out_line;
-        for (int64_t q = 0; q < plan.quotients; ++q) {
-          row[2 * q] = even[q];
-          row[2 * q + 1] = odd[q];
-        }
-      } else {
-        for (int64_t j = 0; j < a.out_w; ++j) row[j] = split_out[j % step * plan.out_line + j / step];
+    if (a.channels > 1) {
+      for (int64_t j = 0; j < a.out_w; ++j) {
+        narrow_row(split_out + j % step * plan.line + j / step * width, to + j * a.channels, width);
       }
-      narrow_row(row, to, a.out_w);
       return;
     }
-    for (int64_t j = 0; j < a.out_w; ++j) {
-      narrow_row(split_out + j % step * plan.out_line + j / step * width, to + j * a.channels, width);
+    const int64_t n = count * plan.split_pixels;
+    C* __restrict row = whole_out;
+    if (step == 1) {
+      row = split_out;
+    } else if (step == 2) {
+      const C *__restrict even = split_out, *__restrict odd = split_out + plan.line;
+      for (int64_t i = 0; i < n; ++i) {
+        row[2 * i] = even[i];
+        row[2 * i + 1] = odd[i];
+      }
+    } else {
+      for (int64_t phase = 0; phase < step; ++phase) {
+        for (int64_t i = 0; i < n; ++i) row[step * i + phase] = split_out[phase * plan.line + i];
+      }
+    }
+    for (int64_t p = 0; p < count; ++p) {
+      narrow_row(row + p * plan.split_pixels * step, to + p * a.out_h * a.out_w, a.out_w);
     }
   }
 };
 
-// Output rows [begin, end), counted over planes and chunks of channels.
+// Output rows [begin, end), counted over groups of planes and chunks of channels.
 template <class S>
 void upfirdn2d_rows(const Upfirdn2dPlan& plan, int64_t begin, int64_t end, void* scratch) {
   Upfirdn2dRows<S> rows(plan, scratch);
