@@ -127,6 +127,15 @@ inline Shape contiguous_strides(const Shape& shape) {
 
 inline Tensor empty(const Shape& shape, ScalarType dtype) { return empty_strided(shape, contiguous_strides(shape), dtype); }
 
+// Of uint8: a mask, or none.
+inline Tensor bytes(int64_t count) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &count, &stride, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(),
+                                                  0, &handle));
+  return Tensor(handle);
+}
+
 inline cpu::Threads torch_threads() {
   const auto run = [](int64_t n, int64_t grain, cpu::Threads::Body body, void* context) {
     torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });

@@ -2,6 +2,11 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+// What describes one normalisation to the kernels of batch_norm_act (`Site` in launch/batch_norm_act.py), without x.
+#define NORM_SITE                                                                                              \
+  " Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, Tensor? slope," \
+  " int activation, float negative_slope"
+
 STABLE_TORCH_LIBRARY(fuseblock_cpu, m) {
   m.def("lstm_gates(Tensor gates, Tensor c) -> (Tensor h, Tensor c_new)");
   m.def("lstm_gates_bwd(Tensor? dh, Tensor? dc_new, Tensor gates, Tensor c) -> (Tensor dgates, Tensor dc)");
@@ -31,6 +36,29 @@ STABLE_TORCH_LIBRARY(fuseblock_cpu, m) {
       "lstm_layer_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor c0, Tensor y, Tensor gates,"
       " Tensor c, Tensor[] weights, Tensor? batch_sizes, bool need_dx) -> Tensor[]");
   m.def("lstm_layer_fits(int input, int hidden) -> bool");
+  m.def(
+      "batch_norm_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, Tensor? mean, Tensor? var,"
+      " Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps, int activation,"
+      " float negative_slope, bool training, bool want_mask)"
+      " -> (Tensor y, Tensor mean, Tensor var, Tensor invstd, Tensor count, Tensor mask)");
+  m.def(
+      "batch_norm_act_bwd(Tensor dy, Tensor x," NORM_SITE ", bool training, bool want_dx,"
+      " bool want_sums, bool want_dresidual)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dslope, Tensor dresidual)");
+  m.def(
+      "batch_norm_act_bwd_bwd(Tensor? v_dx, Tensor? v_dweight, Tensor? v_dbias, Tensor? v_dslope, Tensor? v_dresidual,"
+      " Tensor dy, Tensor x," NORM_SITE ", bool training)"
+      " -> (Tensor a_dy, Tensor a_x, Tensor a_weight, Tensor a_bias, Tensor a_residual, Tensor a_slope)");
+  m.def("batch_norm_act_stats(Tensor x) -> Tensor");
+  m.def("batch_norm_act_fwd_apply(Tensor x," NORM_SITE ", bool want_mask) -> (Tensor y, Tensor mask)");
+  m.def("batch_norm_act_bwd_reduce(Tensor dy, Tensor x," NORM_SITE ") -> Tensor");
+  m.def(
+      "batch_norm_act_bwd_apply(Tensor dy, Tensor x," NORM_SITE ", Tensor k,"
+      " bool want_dresidual) -> (Tensor dx, Tensor dresidual)");
+  m.def("batch_norm_act_bwd_bwd_reduce(Tensor? v, Tensor? v_residual, Tensor dy, Tensor x," NORM_SITE ") -> Tensor");
+  m.def(
+      "batch_norm_act_bwd_bwd_apply(Tensor? v, Tensor? v_residual, Tensor dy, Tensor x," NORM_SITE ", Tensor k)"
+      " -> (Tensor a_x, Tensor a_dy, Tensor a_residual)");
   m.def(
       "upfirdn2d(Tensor x, Tensor f, int up_x, int up_y, int down_x, int down_y, int pad_x0, int pad_x1, int pad_y0,"
       " int pad_y1, bool flip_filter, float gain) -> Tensor");
