@@ -12,8 +12,9 @@ The means of a_x's terms over the batch follow from the sums, so one pass for su
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -350,3 +351,11 @@ def second_order_coefficients(
     a_w = s * (gv - t1 * n_s1 - t2 * n_s2) + sum_z1
     a_slope = ws * (hv0 - n_t1 * h0 - n_t2 * h1) + v_w * h1 + v_b * h0 + hr0
     return k, a_w, sum_z0, a_slope
+
+
+#: The drivers by the names of their operators.
+DRIVERS: dict[str, Callable[..., Any]] = {
+    "batch_norm_act": forward,
+    "batch_norm_act_bwd": backward,
+    "batch_norm_act_bwd_bwd": second_order,
+}

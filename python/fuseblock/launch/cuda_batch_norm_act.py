@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .batch_norm_act import Site
+from ..dispatch import Candidate
+from .batch_norm_act import DRIVERS, Site
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _why_not(*args: Any) -> str | None:
+    x = next(a for a in args if isinstance(a, Tensor))
+    if x.device.type != "cuda":
+        return f"tensors are on {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"dtype {x.dtype} is not one of float64, float32, float16, bfloat16"
+    return None
+
+
+def candidates(op: str) -> tuple[Candidate, ...]:
+    """How CUDA C++ can run ``op``, a member of the family batch_norm_act."""
+    run = partial(DRIVERS[op], CudaKernels(torch.ops.fuseblock_cuda))
+    return (Candidate("cuda", run, _why_not, devices=("cuda",)),)
 
 
 class CudaKernels:

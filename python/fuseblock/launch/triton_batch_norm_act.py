@@ -6,7 +6,9 @@ bwd_bwd_reduce, bwd_bwd_apply. Tensors are dense NCHW-contiguous or channels-las
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from functools import partial
+from typing import Any, cast
 
 import torch
 import triton
@@ -25,10 +27,9 @@ from fuseblock.kernels.channel_tiles import CHANNELS_LAST, FLAT, ROWS
 
 from .._activations import number
 from .._library import state_dtype
+from ..dispatch import Candidate
 from . import _triton
-
-if TYPE_CHECKING:
-    from .batch_norm_act import Site
+from .batch_norm_act import DRIVERS, Kernels, Site
 
 _PRELU = number("prelu")
 #: Programs of a reduction: a few blocks for every multiprocessor of a large GPU, whatever the device, so that the order
@@ -37,6 +38,17 @@ _PROGRAMS = 1024
 
 #: Elements of a tile, of 4 warps: the kernels with many sums or outputs take small ones, or they would run out of registers.
 TILE, SECOND_TILE, COMBINE_TILE = 1024, 512, 2048
+
+
+def why_not(*args: Any) -> str | None:
+    """The reason why Triton cannot take the arguments of an operator of the family, or None."""
+    return _triton.why_not(next(x for x in args if isinstance(x, Tensor)))
+
+
+def candidates(op: str) -> tuple[Candidate, ...]:
+    """How Triton can run `op`: batch_norm_act, batch_norm_act_bwd or batch_norm_act_bwd_bwd."""
+    run = partial(DRIVERS[op], cast(Kernels, sys.modules[__name__]))
+    return (Candidate("triton", run, why_not, devices=_triton.DEVICES),)
 
 
 def gpu_blocks(layout: int, row: int, others: int, tile: int) -> tuple[int, int]:

@@ -54,6 +54,24 @@ def cuda_recurrence(op: str) -> tuple[Candidate, ...]:
     return cuda_lstm_recurrence.candidates(op)
 
 
+def cpu_batch_norm_act(op: str) -> tuple[Candidate, ...]:
+    """The candidates of ``op``, a member of the family batch_norm_act, on C++ kernels."""
+    if not _ext.has("fuseblock_cpu", "batch_norm_act"):
+        return (absent("cpu", _why_not_compiled("cpu")),)
+    from ..launch import cpu_batch_norm_act
+
+    return cpu_batch_norm_act.candidates(op)
+
+
+def cuda_batch_norm_act(op: str) -> tuple[Candidate, ...]:
+    """The candidates of ``op``, a member of the family batch_norm_act, on CUDA C++ kernels."""
+    if not _ext.has("fuseblock_cuda", "batch_norm_act_stats"):
+        return (absent("cuda", _why_not_compiled("cuda")),)
+    from ..launch import cuda_batch_norm_act
+
+    return cuda_batch_norm_act.candidates(op)
+
+
 def triton(op: str, module: str) -> tuple[Candidate, ...]:
     """The candidates that the launcher ``fuseblock.launch.<module>`` lists for ``op``."""
     if importlib.util.find_spec("triton") is None:

@@ -36,7 +36,13 @@ for _op, _reference in (
     ("batch_norm_act_bwd", reference.batch_norm_act_bwd_reference),
     ("batch_norm_act_bwd_bwd", reference.batch_norm_act_bwd_bwd_reference),
 ):
-    dispatch.register(_op, _candidates.reference(_reference))
+    dispatch.register(
+        _op,
+        *_candidates.cpu_batch_norm_act(_op),
+        *_candidates.cuda_batch_norm_act(_op),
+        *_candidates.triton(_op, "triton_batch_norm_act"),
+        _candidates.reference(_reference),
+    )
 
 
 def check(
