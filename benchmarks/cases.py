@@ -11,7 +11,8 @@ Sizes are named as in `torch.nn.LSTM`. Every case says who runs such a layer. ``
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 MODES = ("forward", "train", "double")
 #: Multiply-adds of a mode in units of the forward pass, for the recurrent and inner layers. ``double`` is forward,
@@ -206,9 +207,24 @@ CASES: tuple[Case, ...] = (
 )
 
 
+def longest_sum(case: Case) -> int:
+    """Number of terms in the longest chain of sums: through all steps and gates, or over all rows of a gradient."""
+    return case.layers * case.time * max(case.batch, 4 * case.hidden + case.input)
+
+
+def sizes(case: Case) -> dict[str, Any]:
+    """What of a case goes into its rows."""
+    return {key: value for key, value in asdict(case).items() if key not in ("name", "modes")}
+
+
 def select(
-    patterns: list[str] | None = None, *, quick: bool = False, full: bool = False, device: str = "cpu"
-) -> list[Case]:
+    patterns: list[str] | None = None,
+    *,
+    quick: bool = False,
+    full: bool = False,
+    device: str = "cpu",
+    available: tuple[Any, ...] = CASES,
+) -> list[Any]:
     """The cases to run.
 
     Args:
@@ -216,18 +232,20 @@ def select(
         quick: only the quick ones.
         full: also those that take long on a CPU.
         device: ``"cpu"`` or ``"cuda"``.
-
-    Raises:
-        ValueError: a pattern matches no case at all.
+        available: cases to choose from.
     """
-    for pattern in patterns or ():
-        if not any(fnmatch.fnmatch(case.name, pattern) for case in CASES):
-            raise ValueError(f"no case matches {pattern!r}; see --list")
     chosen = []
-    for case in CASES:
+    for case in available:
         exact = case.name in (patterns or ())
         matched = not patterns or any(fnmatch.fnmatch(case.name, pattern) for pattern in patterns)
         allowed = exact or full or device != "cpu" or not case.long_on_cpu
         if matched and allowed and (exact or case.quick or not quick):
             chosen.append(case)
     return chosen
+
+
+def check_patterns(patterns: list[str] | None, available: tuple[Any, ...] = CASES) -> None:
+    """Raise ValueError for a pattern that matches no case at all."""
+    for pattern in patterns or ():
+        if not any(fnmatch.fnmatch(case.name, pattern) for case in available):
+            raise ValueError(f"no case matches {pattern!r}; see --list")

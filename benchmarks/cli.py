@@ -19,6 +19,7 @@ import torch
 from benchmarks import cases as registry
 from benchmarks import console, machine, runner, summary
 from benchmarks import providers as peers
+from benchmarks.suites import SUITES, Suite
 
 SCHEMA = 1
 _OPTIONAL = {"onnx": "no ONNX Runtime rows", "onnxruntime": "no ONNX Runtime rows", "matplotlib": "no plots"}
@@ -27,13 +28,19 @@ _OPTIONAL = {"onnx": "no ONNX Runtime rows", "onnxruntime": "no ONNX Runtime row
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure fuseblock's LSTM against PyTorch's and ONNX Runtime's. Speed is shown for right results only.",
+        description="Measure fuseblock against PyTorch and ONNX Runtime. Speed is shown for right results only.",
     )
     add = parser.add_argument
     add("--case", "--only", dest="case", action="append", metavar="GLOB", help="cases to run (repeatable)")
-    add("--mode", action="append", choices=registry.MODES, help="modes to run (repeatable; default: all)")
+    add("--suite", choices=("all", *(suite.name for suite in SUITES)), default="all")
+    add(
+        "--mode",
+        action="append",
+        choices=sorted({mode for suite in SUITES for mode in suite.modes}),
+        help="modes to run (repeatable; default: all)",
+    )
     add("--providers", action="append", metavar="GLOB", help="providers to run beside stock (repeatable)")
-    add("--compile", action="store_true", help="also torch.compile of PyTorch's layer")
+    add("--compile", action="store_true", help="also torch.compile of PyTorch's module")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--dtype", choices=("float32", "float64", "float16", "bfloat16"), default="float32")
     add("--threads", type=int, default=None, help="CPU threads of all providers (default: PyTorch's)")
@@ -74,6 +81,9 @@ def build_report(
     rows: list[runner.Row], settings: runner.Settings, ceilings: dict[str, float], argv: Sequence[str]
 ) -> dict[str, Any]:
     """Everything that goes to JSON and HTML, as plain values."""
+    families = [(suite, [row for row in rows if row.suite == suite.name]) for suite in SUITES]
+    families = [(suite, own) for suite, own in families if own]
+    promised = settings.device == "cpu" and settings.dtype == "float32"
     return {
         "schema": SCHEMA,
         **machine.describe(settings.device),
@@ -81,18 +91,43 @@ def build_report(
         "parameters": dataclasses.asdict(settings),
         "ceilings": ceilings,
         "rows": [_finite(dataclasses.asdict(row)) for row in rows],
-        "classes": summary.classes(rows),
+        "classes": [entry for suite, own in families for entry in summary.classes(own, suite.classes)],
         # The bars are promises about float32 on a CPU.
-        "bars": summary.bars(rows) if settings.device == "cpu" and settings.dtype == "float32" else [],
+        "bars": [entry for suite, own in families for entry in summary.bars(own, suite.bars)]
+        if promised
+        else [],
     }
 
 
-def main(argv: Sequence[str] | None = None, available: tuple[peers.Provider, ...] = peers.PROVIDERS) -> int:
-    """Run the suite.
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What of a suite is run."""
+
+    suite: Suite
+    cases: list[Any]
+    modes: list[str]
+    providers: list[Any]
+
+
+def _plan(suite: Suite, args: argparse.Namespace) -> _Plan:
+    cases = registry.select(
+        args.case, quick=args.quick, full=args.full, device=args.device, available=suite.cases
+    )
+    if args.full or args.device != "cpu":
+        cases = [suite.real(case) for case in cases]
+    patterns = args.providers
+    if args.compile:
+        patterns = [*(patterns or [p.name for p in suite.providers if p.default]), "compile"]
+    modes = [mode for mode in suite.modes if not args.mode or mode in args.mode]
+    return _Plan(suite, cases, modes, peers.select(patterns, suite.providers))
+
+
+def main(argv: Sequence[str] | None = None, suites: tuple[Suite, ...] = SUITES) -> int:
+    """Run the suites.
 
     Args:
         argv: arguments; default the process's.
-        available: providers to choose from.
+        suites: to choose from.
 
     Returns:
         0, or 1 if a row of fuseblock is red or failed, or 2 for a usage error.
@@ -102,23 +137,29 @@ def main(argv: Sequence[str] | None = None, available: tuple[peers.Provider, ...
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda, but PyTorch sees no CUDA device", file=sys.stderr)
         return 2
+    chosen = [suite for suite in suites if args.suite in ("all", suite.name)]
     try:
-        cases = registry.select(args.case, quick=args.quick, full=args.full, device=args.device)
-        patterns = args.providers
-        if args.compile:
-            patterns = [*(patterns or [p.name for p in available if p.default]), "compile"]
-        chosen = peers.select(patterns, available)
+        registry.check_patterns(args.case, tuple(case for suite in chosen for case in suite.cases))
+        peers.check_patterns(args.providers, tuple(p for suite in chosen for p in suite.providers))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    plans = [_plan(suite, args) for suite in chosen]
     if args.list:
-        console.cases_table(cases if args.case or args.quick else registry.CASES)
+        for plan in plans:
+            console.cases_table(plan.cases if args.case or args.quick else plan.suite.cases)
         return 0
 
     for package, consequence in _OPTIONAL.items():
         if importlib.util.find_spec(package) is None:
             print(f"note: {package} is not installed: {consequence}", file=sys.stderr)
-    left_out = [case.name for case in registry.select(args.case, full=True) if case not in cases]
+    names = {case.name for plan in plans for case in plan.cases}
+    left_out = [
+        case.name
+        for suite in chosen
+        for case in registry.select(args.case, full=True, available=suite.cases)
+        if case.name not in names
+    ]
     if left_out and not args.quick:
         print(f"note: left out without --full: {', '.join(left_out)}", file=sys.stderr)
 
@@ -137,17 +178,18 @@ def main(argv: Sequence[str] | None = None, available: tuple[peers.Provider, ...
         rss=args.rss,
         tf32=args.tf32,
     )
-    modes = args.mode or list(registry.MODES)
     rows: list[runner.Row] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         runner.apply(settings)
         ceilings = machine.ceilings(args.device, settings.torch_dtype, seconds=0.2 if args.quick else 0.5)
-        announce = stack.enter_context(
-            console.progress(sum(mode in c.modes for c in cases for mode in modes))
-        )
-        rows.extend(runner.run(cases, modes, chosen, settings, ceilings, announce))
+        total = sum(mode in case.modes for plan in plans for case in plan.cases for mode in plan.modes)
+        announce = stack.enter_context(console.progress(total))
+        for plan in plans:
+            rows.extend(
+                runner.run(plan.suite, plan.cases, plan.modes, plan.providers, settings, ceilings, announce)
+            )
 
     report = build_report(rows, settings, ceilings, argv)
     print(

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from benchmarks.cases import CASES
 from benchmarks.runner import GREEN, RED, UNAVAILABLE, Row
+from benchmarks.suites import SUITES
 
 try:
     import rich.console
@@ -31,7 +31,7 @@ HEAD = (
     "peak",
     "error/bound",
 )
-_SIZES = {case.name: case.size for case in CASES}
+_SIZES = {case.name: case.size for suite in SUITES for case in suite.cases}
 
 
 def seconds(value: float) -> str:
@@ -156,7 +156,11 @@ def cases_table(cases: Iterable[Any]) -> None:
         )
         for c in cases
     ]
-    _print("Cases: layers x hidden (input) batch time", ("case", "size", "modes", "runs", "user"), lines)
+    _print(
+        "Cases: layers x hidden (input) batch time; or the shape of the input",
+        ("case", "size", "modes", "runs", "user"),
+        lines,
+    )
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def in_fresh_process(case: str, mode: str, provider: str, *, dtype: str, threads
 
 def main(argv: list[str] | None = None) -> None:
     """Print one step's process peak as JSON; what `in_fresh_process` starts."""
-    from benchmarks import cases, providers, workloads
+    from benchmarks.suites import suite_of
 
     parser = argparse.ArgumentParser()
     for name in ("case", "mode", "provider"):
@@ -99,9 +99,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    (case,) = cases.select([args.case], full=True)
-    provider = next(p for p in providers.PROVIDERS if p.name == args.provider)
-    problem = workloads.make_problem(case, dtype=getattr(torch, args.dtype), device="cpu", seed=args.seed)
+    suite = suite_of(args.case)
+    case = next(c for c in suite.cases if c.name == args.case)
+    provider = next(p for p in suite.providers if p.name == args.provider)
+    problem = suite.make_problem(case, dtype=getattr(torch, args.dtype), device="cpu", seed=args.seed)
     step, context = provider.step(problem, args.mode)
     with context():
         print(json.dumps({"peak": peak_of_process(step)}))

@@ -8,6 +8,7 @@ import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -217,19 +218,20 @@ BASE = "stock"
 OURS = "fuseblock"
 
 
-def select(patterns: list[str] | None, available: tuple[Provider, ...] = PROVIDERS) -> list[Provider]:
-    """The providers named by globs (the base is always among them), or the default ones.
-
-    Raises:
-        ValueError: a pattern matches none.
-    """
+def select(patterns: list[str] | None, available: tuple[Any, ...] = PROVIDERS) -> list[Any]:
+    """The providers named by globs (the base is always among them), or the default ones."""
     if not patterns:
         return [provider for provider in available if provider.default]
-    for pattern in patterns:
-        if not any(fnmatch.fnmatch(provider.name, pattern) for provider in available):
-            raise ValueError(f"no provider matches {pattern!r}: {', '.join(p.name for p in available)}")
     return [
         provider
         for provider in available
         if provider.name == BASE or any(fnmatch.fnmatch(provider.name, pattern) for pattern in patterns)
     ]
+
+
+def check_patterns(patterns: list[str] | None, available: tuple[Any, ...] = PROVIDERS) -> None:
+    """Raise ValueError for a pattern that matches no provider."""
+    for pattern in patterns or ():
+        if not any(fnmatch.fnmatch(provider.name, pattern) for provider in available):
+            names = dict.fromkeys(p.name for p in available)
+            raise ValueError(f"no provider matches {pattern!r}: {', '.join(names)}")

@@ -1,4 +1,4 @@
-"""Writes the README's table of results from a committed JSON: ``python -m benchmarks.readme_table RESULTS.json README.md``.
+"""Writes the README's tables of results from committed JSON: ``python -m benchmarks.readme_table README.md JSON ...``.
 
 The text between the two markers in the README is replaced; nothing else is touched, and no figure is typed by hand.
 """
@@ -14,6 +14,9 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 _MODES = ("forward", "train", "double")
 
 
+_GAN_MODES = ("forward", "train", "penalty")
+
+
 def _size(sizes: dict[str, Any]) -> str:
     layers = f"{'bi ' if sizes['bidirectional'] else ''}{sizes['layers']}x{sizes['hidden']}"
     fill = f" fill {sizes['fill']:.0%}" if sizes["fill"] < 1 else ""
@@ -24,14 +27,17 @@ def _milliseconds(row: dict[str, Any]) -> str:
     return f"{row['seconds']['median'] * 1e3:.3g}"
 
 
-def table(report: dict[str, Any]) -> str:
-    """The Markdown table of the default provider's rows, with what they were measured on."""
-    rows = {(r["case"], r["mode"], r["provider"]): r for r in report["rows"]}
+def _lstm_table(report: dict[str, Any]) -> list[str]:
+    rows = {
+        (r["case"], r["mode"], r["provider"]): r for r in report["rows"] if r.get("suite", "lstm") == "lstm"
+    }
+    if not rows:
+        return []
     lines = [
         "| case | size | forward ms | vs stock | vs ONNX Runtime | train ms | vs stock | double backward vs stock |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for case in dict.fromkeys(r["case"] for r in report["rows"]):
+    for case in dict.fromkeys(case for case, _, _ in rows):
         own = {mode: rows.get((case, mode, "fuseblock")) for mode in _MODES}
         first = next(r for r in own.values() if r is not None)
         cells = [case, _size(first["sizes"])]
@@ -40,6 +46,27 @@ def table(report: dict[str, Any]) -> str:
         cells += _pair(own["train"])
         cells.append(_ratio(own["double"]))
         lines.append("| " + " | ".join(cells) + " |")
+    return ["", *lines]
+
+
+def _gan_table(report: dict[str, Any]) -> list[str]:
+    rows = {(r["case"], r["mode"], r["provider"]): r for r in report["rows"] if r.get("suite") == "gan"}
+    if not rows:
+        return []
+    lines = [
+        "| case | input | forward ms | vs stock | train ms | vs stock | penalty step ms | vs stock |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in dict.fromkeys(case for case, _, _ in rows):
+        own = {mode: rows.get((case, mode, "fuseblock")) for mode in _GAN_MODES}
+        first = next(r for r in own.values() if r is not None)
+        cells = [case, first["sizes"]["size"], *(cell for mode in _GAN_MODES for cell in _pair(own[mode]))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return ["", *lines]
+
+
+def table(report: dict[str, Any]) -> str:
+    """The Markdown tables of the default provider's rows, with what they were measured on."""
     machine, versions = report["machine"], report["versions"]
     where = (
         f"{machine['gpu'] or machine['cpu']}, {report['parameters']['threads']} threads, "
@@ -51,7 +78,7 @@ def table(report: dict[str, Any]) -> str:
     for bar in report["bars"]:
         measured = "" if bar["value"] is None else f"{bar['value']:.2f} ({bar['at'] or 'mean'})"
         bars.append(f"| {bar['bar']} | {bar['least']:.2f} | {measured} | {bar['verdict']} |")
-    return "\n".join([where, "", *lines, *bars])
+    return "\n".join([where, *_lstm_table(report), *_gan_table(report), *bars])
 
 
 def _ratio(row: dict[str, Any] | None) -> str:
@@ -61,7 +88,9 @@ def _ratio(row: dict[str, Any] | None) -> str:
 
 
 def _pair(row: dict[str, Any] | None) -> list[str]:
-    return ["", ""] if row is None else [_milliseconds(row), _ratio(row)]
+    if row is None or row["seconds"] is None:
+        return ["", "" if row is None else row["status"]]
+    return [_milliseconds(row), _ratio(row)]
 
 
 def _against(rows: dict[tuple[str, str, str], dict[str, Any]], case: str, peer: str) -> str:
@@ -73,12 +102,14 @@ def _against(rows: dict[tuple[str, str, str], dict[str, Any]], case: str, peer: 
 
 def main() -> None:
     """Rewrite the README's results."""
-    source, readme = Path(sys.argv[1]), Path(sys.argv[2])
+    readme, sources = Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]]
     text = readme.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    body = f"From [{source.as_posix()}]({source.as_posix()}):\n\n{table(json.loads(source.read_text()))}"
-    readme.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}")
+    bodies = [
+        f"From [{s.as_posix()}]({s.as_posix()}):\n\n{table(json.loads(s.read_text()))}" for s in sources
+    ]
+    readme.write_text(f"{before}{BEGIN}\n" + "\n\n".join(bodies) + f"\n{END}{after}")
 
 
 if __name__ == "__main__":

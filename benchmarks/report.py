@@ -145,7 +145,7 @@ def _calls(rows: Rows) -> str:
     base = {(r["case"], r["mode"]): r for r in rows if r["provider"] == BASE and r["seconds"]}
     for row in rows:
         sizes = row["sizes"]
-        if row["seconds"] is None or not (sizes["cell"] or sizes["time"] == 1):
+        if row["seconds"] is None or not (sizes.get("cell") or sizes.get("time") == 1):
             continue
         stock = base.get((row["case"], row["mode"]))
         more = (row["seconds"]["median"] - stock["seconds"]["median"]) * 1e6 if stock else 0.0

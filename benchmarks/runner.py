@@ -11,16 +11,17 @@ import dataclasses
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks import memory
-from benchmarks.cases import Case
-from benchmarks.parity import Results, Verdict, check
-from benchmarks.providers import BASE, OURS, Provider
+from benchmarks.parity import Results, Verdict
+from benchmarks.providers import BASE, OURS
 from benchmarks.timing import Runnable, Spread, interleave, paired_ratio
-from benchmarks.workloads import make_problem
+
+if TYPE_CHECKING:
+    from benchmarks.suites import Suite
 
 GREEN, RED, UNAVAILABLE, FAILED = "green", "red", "unavailable", "failed"
 
@@ -68,6 +69,7 @@ class Row:
     provider: str
     status: str
     reason: str = ""
+    suite: str = "lstm"
     sizes: dict[str, Any] = dataclasses.field(default_factory=dict)
     seconds: Spread | None = None
     device_seconds: Spread | None = None
@@ -97,9 +99,10 @@ def apply(settings: Settings) -> None:
 
 
 def run(
-    cases: list[Case],
+    suite: Suite,
+    cases: list[Any],
     modes: list[str],
-    providers: list[Provider],
+    providers: list[Any],
     settings: Settings,
     ceilings: dict[str, float],
     progress: Callable[[str], None] = lambda text: None,
@@ -107,6 +110,7 @@ def run(
     """Measure; yields rows as they are complete, and reports each case and mode to ``progress`` before it runs.
 
     Args:
+        suite: the family of the cases.
         cases, modes: what to run; modes that a case does not have are left out.
         providers: whom to run; the base provider comes first.
         settings: how.
@@ -116,17 +120,12 @@ def run(
         for mode in modes:
             if mode in case.modes:
                 progress(f"{case.name} {mode}")
-                yield from _measure(case, mode, providers, settings, ceilings)
+                yield from _measure(suite, case, mode, providers, settings, ceilings)
 
 
 def _one_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else 'no message'}"[:300]
-
-
-def longest_sum(case: Case) -> int:
-    """Number of terms in the longest chain of sums: through all steps and gates, or over all rows of a gradient."""
-    return case.layers * case.time * max(case.batch, 4 * case.hidden + case.input)
 
 
 def _results(step: Callable[[], Results], context: Callable[[], Any]) -> Results:
@@ -135,10 +134,15 @@ def _results(step: Callable[[], Results], context: Callable[[], Any]) -> Results
 
 
 def _measure(
-    case: Case, mode: str, providers: list[Provider], settings: Settings, ceilings: dict[str, float]
+    suite: Suite,
+    case: Any,
+    mode: str,
+    providers: list[Any],
+    settings: Settings,
+    ceilings: dict[str, float],
 ) -> list[Row]:
     dtype, cuda = settings.torch_dtype, settings.device == "cuda"
-    problem = make_problem(case, dtype=dtype, device=settings.device, seed=settings.seed)
+    problem = suite.make_problem(case, dtype=dtype, device=settings.device, seed=settings.seed)
     stock = next(provider for provider in providers if provider.name == BASE)
     # Without cuDNN the reference has no limit on T and is independent of what is measured.
     with torch.backends.cudnn.flags(enabled=False):
@@ -147,9 +151,14 @@ def _measure(
     rows: dict[str, Row] = {}
     runnables: dict[str, Runnable] = {}
     stock_results: Results | None = None
-    sizes = {key: value for key, value in dataclasses.asdict(case).items() if key not in ("name", "modes")}
+    sizes = suite.sizes(case)
+
+    def evaluate(provider: Any, problem: Any) -> Results:
+        return _results(*provider.step(problem, mode))
+
     for provider in sorted(providers, key=lambda p: p.name != BASE):
-        row = rows[provider.name] = Row(case.name, mode, provider.name, UNAVAILABLE, sizes=sizes)
+        row = Row(case.name, mode, provider.name, UNAVAILABLE, suite=suite.name, sizes=sizes)
+        rows[provider.name] = row
         row.reason = provider.why_not(case, mode, settings.device, dtype) or ""
         if row.reason:
             continue
@@ -157,12 +166,12 @@ def _measure(
         try:
             step, context = provider.step(problem, mode)
             results = _results(step, context)
+            if provider.name == BASE:
+                stock_results = results
+            verdict = suite.verdict(evaluate, provider, problem, results, reference, stock_results, dtype)
         except Exception as error:
             row.status, row.reason = FAILED, _one_line(error)
             continue
-        if provider.name == BASE:
-            stock_results = results
-        verdict = check(results, reference, stock_results, dtype=dtype, terms=longest_sum(case))
         _note_verdict(row, verdict)
         runnables[provider.name] = Runnable(step, context)
     del reference, stock_results

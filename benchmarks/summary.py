@@ -27,11 +27,11 @@ CLASSES: dict[str, Predicate] = {
 }
 
 
-def classes(rows: list[Row]) -> list[dict[str, Any]]:
+def classes(rows: list[Row], by: dict[str, Predicate] = CLASSES) -> list[dict[str, Any]]:
     """Geometric mean and worst speed-up against stock and against the best peer, by mode and class of sizes."""
     result = []
     for mode in dict.fromkeys(row.mode for row in rows):
-        for name, belongs in CLASSES.items():
+        for name, belongs in by.items():
             chosen = [row for row in ours(rows) if row.mode == mode and belongs(row.sizes)]
             green = [row for row in chosen if row.speedup_stock is not None and row.speedup_peer is not None]
             if not green:
@@ -130,6 +130,35 @@ BARS: tuple[Bar, ...] = (
         _memory,
         1.0,
     ),
+)
+
+
+def _kind(*kinds: str) -> Predicate:
+    return lambda sizes: sizes["kind"] in kinds
+
+
+GAN_CLASSES: dict[str, Predicate] = {
+    "batch norm and activation": _kind("norm", "norm-small"),
+    "convolution": _kind("conv"),
+    "blocks and networks": _kind("block", "critic-bn", "r1"),
+    "spectral norm": _kind("spectral"),
+}
+
+#: The promises about GAN blocks on a CPU with two cores.
+GAN_BARS: tuple[Bar, ...] = (
+    Bar("batch norm and LeakyReLU, train: 2x stock", "train", _kind("norm"), _stock, 2.0),
+    Bar("batch norm and LeakyReLU, double backward: 6x stock", "penalty", _kind("norm"), _stock, 6.0),
+    Bar("convolution, double backward: 1.5x stock", "penalty", _kind("conv"), _stock, 1.5),
+    Bar(
+        "WGAN-GP penalty step of a critic with batch norm: 1.8x stock",
+        "penalty",
+        _kind("critic-bn"),
+        _stock,
+        1.8,
+    ),
+    Bar("R1 by itself, critic without norm: 1.3x stock", "penalty", _kind("r1"), _stock, 1.3),
+    Bar("spectral norm of 8 layers: 2x stock", "train", _kind("spectral"), _stock, 2.0),
+    Bar("any block, any mode: 0.95x stock", None, _every, _stock, 0.95),
 )
 
 

@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import CASES, Case
+from benchmarks.cases import CASES, Case, longest_sum
 from benchmarks.parity import check
 from benchmarks.providers import BASE, OURS, PROVIDERS
-from benchmarks.runner import longest_sum
 from benchmarks.workloads import make_problem
 
 pytest.importorskip("pytest_benchmark")

@@ -30,6 +30,7 @@ def bench():
         "parity",
         "providers",
         "runner",
+        "suites",
         "summary",
         "timing",
         "workloads",
@@ -72,7 +73,8 @@ def pretender(bench, break_results=lambda results: results):
 def run_cli(bench, tmp_path, provider, *arguments):
     path = tmp_path / "out.json"
     argv = ["--budget", "0.01", "--threads", "1", "--json", str(path), *arguments]
-    code = bench.cli.main(argv, available=(bench.providers.Stock(), provider))
+    suite = replace(bench.suites.LSTM, providers=(bench.providers.Stock(), provider))
+    code = bench.cli.main(argv, suites=(suite,))
     return code, json.loads(path.read_text())
 
 
@@ -250,7 +252,7 @@ def test_registry(bench):
     assert len(bench.cases.select(full=True)) == len(bench.cases.select(device="cuda")) == len(cases)
     assert [case.name for case in bench.cases.select(["language-model"])] == ["language-model"]
     with pytest.raises(ValueError, match="no case matches 'nothing'"):
-        bench.cases.select(["nothing"])
+        bench.cases.check_patterns(["nothing"])
 
 
 # --- the command line, with the library itself
