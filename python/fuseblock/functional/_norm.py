@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch, ops
+from .. import _batch_norm_node, dispatch, ops
 from .._library import forward_mode_active
 from ..reference.batch_norm_act import batch_norm_act_reference
 
@@ -73,6 +73,15 @@ def batch_norm_act(
         raise ValueError("batch_norm_act: expected running_mean and running_var together, got one of them")
     if not training and running_mean is None:
         raise ValueError("batch_norm_act: expected running_mean and running_var where training is False")
+    if process_group is None and _batch_norm_node.can_run(
+        x, (weight, bias, residual, slope), (running_mean, running_var)
+    ):
+        given = (None, None) if training else (running_mean, running_var)
+        ops.check_batch_norm_act(x, weight, bias, residual, slope, *given, activation, training, "")
+        # Like PyTorch, an empty batch leaves the running statistics as they are.
+        moved = (running_mean, running_var) if training and x.numel() > 0 else (None, None)
+        options = momentum, eps, activation, negative_slope, training
+        return _batch_norm_node.run(x, weight, bias, residual, slope, given, moved, *options)
     group = "" if process_group is None else process_group.group_name
     mean, var = (None, None) if training else (running_mean, running_var)
     tensors = x, weight, bias, residual, slope

@@ -84,6 +84,11 @@ def is_masked(activation: str) -> bool:
     return activation in ("relu", "leaky_relu")
 
 
+def needs_residual(activation: str) -> bool:
+    """Whether derivatives need the residual itself, and neither nothing of it nor its share in a mask."""
+    return not is_masked(activation) and activation != "identity"
+
+
 def dense_like(t: Tensor | None, x: Tensor) -> Tensor | None:
     """The tensor t with the strides of the dense tensor x."""
     if t is None or t.stride() == x.stride():

@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import dispatch
 from .._activations import check_activation
 from .._library import DifferentiableOp, loop_vmap, no_third_order, state_dtype
-from ..launch.batch_norm_act import dense, is_linear, is_masked
+from ..launch.batch_norm_act import dense, is_linear, is_masked, needs_residual
 from ..reference import batch_norm_act as reference
 from . import _candidates
 
@@ -141,11 +141,6 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(x, weight, bias, kept, slope, mean, invstd, count, mask if masked else None)
     ctx.options = activation, negative_slope, training, group, eps
     ctx.forced = dispatch.forced()
-
-
-def needs_residual(activation: str) -> bool:
-    """Whether derivatives need the residual itself, and neither nothing of it nor its share in a mask."""
-    return not is_masked(activation) and activation != "identity"
 
 
 def _backward(ctx: Any, dy: Tensor | None, *unused: Any) -> Any:

@@ -1,0 +1,128 @@
+"""A batch norm on the CPU as one autograd node that calls the kernels, for plain eager calls (`_library.plain_eager`).
+
+The operators cost tens of microseconds of Python and autograd per pass, more than small tensors take. A backward that is
+itself recorded (``create_graph=True``) runs on the operators, whose derivatives compose. Running statistics are updated
+by the kernel that computes the batch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import _ext, dispatch
+from ._activations import number
+from ._library import plain_eager, state_dtype, wants_gradient
+from .launch.batch_norm_act import dense, dense_like, is_masked, needs_residual
+from .ops import batch_norm_act_bwd
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_PRESENT = _ext.has("fuseblock_cpu", "batch_norm_act")
+_FORWARD = torch.ops.fuseblock_cpu.batch_norm_act.default if _PRESENT else None
+_BACKWARD = torch.ops.fuseblock_cpu.batch_norm_act_bwd.default if _PRESENT else None
+
+
+def can_run(
+    x: Tensor, others: tuple[Tensor | None, ...], running: tuple[Tensor | None, Tensor | None]
+) -> bool:
+    """Whether `run` may take a call without a process group: plain eager, on the CPU, with the kernels' dtypes."""
+    return (
+        _PRESENT
+        and isinstance(x, Tensor)
+        and x.device.type == "cpu"
+        and x.dtype in _DTYPES
+        and dispatch.forced() in ("auto", "aten", "cpu")
+        and all(t is None or (t.dtype is state_dtype(x.dtype) and t.is_contiguous()) for t in running)
+        and plain_eager((x, *others, *running))
+    )
+
+
+def run(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: Tensor | None,
+    given: tuple[Tensor | None, Tensor | None],
+    moved: tuple[Tensor | None, Tensor | None],
+    momentum: float,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    training: bool,
+) -> Tensor:
+    """The result y; arguments as in `functional.batch_norm_act`.
+
+    ``given``: mean and var of a call that is not training. ``moved``: running statistics that are to be moved.
+    """
+    x = dense(x)
+    residual = dense_like(residual, x)
+    if moved[0] is not None and moved[1] is not None:
+        torch.autograd.graph.increment_version((moved[0], moved[1]))
+    constants = (*given, *moved, momentum, eps, number(activation), negative_slope, training)
+    if wants_gradient((x, weight, bias, residual, slope)):
+        result = _BatchNormAct.apply(x, weight, bias, residual, slope, activation, constants)  # type: ignore[no-untyped-call]
+    else:
+        assert _FORWARD is not None
+        result = _FORWARD(x, weight, bias, residual, slope, *constants, False)[0]
+    return cast(Tensor, result)
+
+
+class _BatchNormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        slope: Tensor | None,
+        activation: str,
+        constants: tuple[Any, ...],
+    ) -> Tensor:
+        assert _FORWARD is not None
+        masked = residual is not None and is_masked(activation)
+        y, mean, _, invstd, _, mask = _FORWARD(x, weight, bias, residual, slope, *constants, masked)
+        ctx.set_materialize_grads(False)
+        kept = residual if needs_residual(activation) else None
+        ctx.save_for_backward(x, weight, bias, kept, slope, mask if masked else None)
+        # Neither inputs nor outputs, and small: they need not be saved as those are.
+        ctx.statistics = mean, invstd
+        ctx.options = activation, *constants[5:]
+        ctx.forced = dispatch.forced()
+        return cast(Tensor, y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> Any:  # type: ignore[override]
+        if dy is None:
+            return (None,) * 7
+        x, weight, bias, residual, slope, mask = ctx.saved_tensors
+        mean, invstd = ctx.statistics
+        activation, eps, act, negative_slope, training = ctx.options
+        want_x, want_weight, want_bias, want_residual, want_slope = ctx.needs_input_grad[:5]
+        # The gradient of a residual before no activation is dy itself.
+        is_identity = activation == "identity"
+        wants = want_x, want_weight or want_bias or want_slope, want_residual and not is_identity
+        if torch.is_grad_enabled():
+            count = mean.new_full((), x.numel() // x.shape[1])
+            saved = x, weight, bias, residual, slope, mean, invstd, count, mask
+            with dispatch.backend(ctx.forced):
+                grads = batch_norm_act_bwd(dy, *saved, activation, negative_slope, training, "", eps, *wants)
+        else:
+            assert _BACKWARD is not None
+            site = mean, invstd, weight, bias, residual, mask, slope, act, negative_slope
+            grads = _BACKWARD(dense_like(dy, x), x, *site, training, *wants)
+        dx, dweight, dbias, dslope, dresidual = grads
+        if is_identity:
+            dresidual = dy
+        return (
+            dx if want_x else None,
+            dweight if want_weight else None,
+            dbias if want_bias else None,
+            dresidual if want_residual else None,
+            dslope if want_slope else None,
+            None,
+            None,
+        )
