@@ -210,7 +210,14 @@ def bias_act_bwd_kernel(
 
 @triton.jit(
     do_not_specialize=["m_count", "plane_bytes", "tiles"],
-    do_not_specialize_on_alignment=["v_bias_ptr", "v_slope_ptr", "bias_ptr", "slope_ptr", "mask_ptr", "sums_ptr"],
+    do_not_specialize_on_alignment=[
+        "v_bias_ptr",
+        "v_slope_ptr",
+        "bias_ptr",
+        "slope_ptr",
+        "mask_ptr",
+        "sums_ptr",
+    ],
 )
 def bias_act_bwd_bwd_kernel(
     v_ptr,  # (count,): cotangent of dx

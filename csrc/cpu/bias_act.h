@@ -5,7 +5,9 @@
 // inner is the number of pixels, or 1 with the channels last. Parameters and sums of a channel have the compute type.
 #pragma once
 
-#include "../math/pointwise.h"
+#include <cstdint>
+
+#include "../math/bias_act.h"
 #include "storage.h"
 #include "threads.h"
 
@@ -41,24 +43,6 @@ struct BiasActBwdBwdArgs {
   const void *dy, *x;                // null for activations that save the mask, as the outputs that follow a_dy
   void *a_dy, *a_x, *a_bias, *a_slope;
 };
-
-// FB_HD inlines always: a copy of another instruction set's must not be linked.
-// The bits an element that backward needs: nothing; passes or not; positive or not; positive or not, and passes or not.
-enum class MaskKind { none, gate, sign, sign_gate };
-
-FB_HD MaskKind mask_kind(Activation a, double clamp) {
-  const bool clamped = clamp <= 1.7976931348623157e308;
-  if (a == Activation::identity) return clamped ? MaskKind::gate : MaskKind::none;
-  if (a == Activation::relu) return MaskKind::gate;
-  if (a == Activation::leaky_relu) return clamped ? MaskKind::sign_gate : MaskKind::sign;
-  return MaskKind::none;
-}
-
-FB_HD int64_t mask_planes(MaskKind kind) {
-  return kind == MaskKind::sign_gate ? 2 : kind == MaskKind::none ? 0 : 1;
-}
-
-FB_HD bool keeps_x(Activation a) { return a >= Activation::prelu; }
 
 void bias_act(const BiasActFwd&, const Threads&);
 void bias_act_bwd(const BiasActBwdArgs&, const Threads&);

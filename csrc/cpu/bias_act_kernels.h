@@ -12,7 +12,6 @@
 namespace fuseblock::FB_ISA {
 
 using cpu::BiasActSite;
-using cpu::MaskKind;
 
 constexpr int64_t kRunVectors = 64;
 
@@ -137,7 +136,7 @@ struct BiasActKernels {
 
     FB_INLINE explicit Constants(const BiasActSite& s)
         : slope(C(s.negative_slope)), gain(C(s.gain)), low_gain(C(s.gain * s.negative_slope)), clamp(C(s.clamp)),
-          unclamped(s.clamp <= 1.7976931348623157e308 ? 0u : ~0u) {}
+          unclamped(is_clamped(s.clamp) ? 0u : ~0u) {}
 
     FB_INLINE uint32_t inside(V scaled) const { return at_most_bits(abs(scaled), clamp) | unclamped; }
   };
@@ -298,7 +297,7 @@ template <class S>
 void bias_act_fwd(const cpu::BiasActFwd& a, int64_t begin, int64_t end) {
   using Kernels = BiasActKernels<S>;
   constexpr Activation identity = Activation::identity, relu = Activation::relu, leaky = Activation::leaky_relu;
-  const MaskKind kind = a.mask ? cpu::mask_kind(a.site.activation, a.site.clamp) : MaskKind::none;
+  const MaskKind kind = a.mask ? mask_kind(a.site.activation, a.site.clamp) : MaskKind::none;
   if (kind == MaskKind::sign) return Kernels::template fwd<leaky, MaskKind::sign>(a, begin, end);
   if (kind == MaskKind::sign_gate) return Kernels::template fwd<leaky, MaskKind::sign_gate>(a, begin, end);
   if (kind == MaskKind::gate && a.site.activation == relu) {
@@ -313,12 +312,12 @@ template <class S>
 void bias_act_bwd(const cpu::BiasActBwdArgs& a, int64_t begin, int64_t end, double* sums, void* scratch) {
   using Kernels = BiasActKernels<S>;
   const BiasActSite& s = a.site;
-  if (cpu::keeps_x(s.activation)) {
+  if (keeps_x(s.activation)) {
     return with_kept_x(s.activation, [&](auto tag) {
       Kernels::template bwd_x<decltype(tag)::value>(a, begin, end, sums, scratch);
     });
   }
-  with_mask_kind(cpu::mask_kind(s.activation, s.clamp), [&](auto kind) {
+  with_mask_kind(mask_kind(s.activation, s.clamp), [&](auto kind) {
     constexpr MaskKind K = decltype(kind)::value;
     if (a.dbias) Kernels::template bwd_mask<K, true>(a, begin, end, sums, scratch);
     else Kernels::template bwd_mask<K, false>(a, begin, end, sums, scratch);
@@ -329,12 +328,12 @@ template <class S>
 void bias_act_bwd_bwd(const cpu::BiasActBwdBwdArgs& a, int64_t begin, int64_t end, double* sums, void* scratch) {
   using Kernels = BiasActKernels<S>;
   const BiasActSite& s = a.site;
-  if (cpu::keeps_x(s.activation)) {
+  if (keeps_x(s.activation)) {
     return with_kept_x(s.activation, [&](auto tag) {
       Kernels::template bwd_bwd_x<decltype(tag)::value>(a, begin, end, sums, scratch);
     });
   }
-  with_mask_kind(cpu::mask_kind(s.activation, s.clamp), [&](auto kind) {
+  with_mask_kind(mask_kind(s.activation, s.clamp), [&](auto kind) {
     Kernels::template bwd_bwd_mask<decltype(kind)::value>(a, begin, end);
   });
 }

@@ -23,15 +23,6 @@ Shape channels_last_strides(const Shape& shape) {
   return strides;
 }
 
-// The empty tensor takes the place of an output that is not there.
-Tensor bytes(int64_t count) {
-  const int64_t stride = 1;
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &count, &stride, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(),
-                                                  0, &handle));
-  return Tensor(handle);
-}
-
 // What every member of the family takes: one full tensor, the parameters, the constants.
 struct BiasActCall {
   const char* op;
@@ -61,7 +52,7 @@ struct BiasActCall {
   }
 
   Shape channels() const { return {shape[1]}; }
-  bool keeps_x() const { return cpu::keeps_x(site.activation); }
+  bool keeps_x() const { return fuseblock::keeps_x(site.activation); }
 
   // The data of a full tensor, whose layout must be that of the first one.
   const void* full(const Tensor& x, const char* name) const {
@@ -82,7 +73,7 @@ struct BiasActCall {
   Tensor fresh_sums(bool wanted) const { return empty({wanted ? shape[1] : 0}, state); }
 
   int64_t mask_bytes() const {
-    return cpu::mask_planes(cpu::mask_kind(site.activation, site.clamp)) * ((site.count + 7) / 8);
+    return mask_planes(mask_kind(site.activation, site.clamp)) * ((site.count + 7) / 8);
   }
   void set_mask(const MaybeTensor& mask) {
     const int64_t wanted = mask_bytes();

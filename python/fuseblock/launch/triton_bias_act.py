@@ -129,8 +129,10 @@ def bias_act(
     return y, mask
 
 
-def _launch_with_sums(kernel: Any, site: _Site, tensors: tuple[Tensor | None, ...], kinds: int) -> Tensor:
-    """Run a kernel over tiles, `kinds` sums of a channel; returns them (kinds, channels)."""
+def _launch_with_sums(
+    kernel: Any, site: _Site, tensors: tuple[Tensor | None, ...], kinds: int
+) -> list[Tensor]:
+    """Run a kernel over tiles with `kinds` sums of a channel; returns those, (channels,) each."""
     grid, tiles, block_m, block_c = _grid(site)
     dtype = torch.float64 if site.x.dtype == torch.float64 else torch.float32
     sums = torch.empty((kinds, grid[1], site.channels), dtype=dtype, device=site.x.device)
@@ -147,7 +149,7 @@ def _launch_with_sums(kernel: Any, site: _Site, tensors: tuple[Tensor | None, ..
             BLOCK_M=block_m,
             BLOCK_C=block_c,
         )
-    return sums.sum(1)
+    return [kind.sum(0) for kind in sums]
 
 
 def bias_act_bwd(
@@ -165,12 +167,14 @@ def bias_act_bwd(
     """Op `bias_act_bwd`: (dx, dbias, dslope)."""
     site = _Site(dy, activation, negative_slope, gain, clamp)
     dx, kinds = torch.empty_like(dy), 2 if activation == PRELU else int(need_dbias)
-    none = torch.empty(0, dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32, device=dy.device)
+    none = torch.empty(
+        0, dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32, device=dy.device
+    )
     if dy.numel():
         mask = mask if planes(activation, clamp) else None
         sums = _launch_with_sums(bias_act_bwd_kernel, site, (dy, x, bias, slope, mask, dx), kinds)
     else:
-        sums = none.new_zeros(kinds, site.channels)
+        sums = [none.new_zeros(site.channels) for _ in range(kinds)]
     return dx, sums[0] if need_dbias else none, sums[1] if slope is not None else none
 
 
@@ -196,8 +200,19 @@ def bias_act_bwd_bwd(
     if v.numel():
         mask = mask if planes(activation, clamp) else None
         v_slope = v_slope if slope is not None else None
-        tensors = (v, v_bias, v_slope, dy if keeps else None, x, bias, slope, mask, a_dy, a_x if keeps else None)
+        tensors = (
+            v,
+            v_bias,
+            v_slope,
+            dy if keeps else None,
+            x,
+            bias,
+            slope,
+            mask,
+            a_dy,
+            a_x if keeps else None,
+        )
         sums = _launch_with_sums(bias_act_bwd_bwd_kernel, site, tensors, kinds)
     else:
-        sums = none.new_zeros(kinds, site.channels)
+        sums = [none.new_zeros(site.channels) for _ in range(kinds)]
     return a_dy, a_x, sums[0] if keeps else none, sums[1] if slope is not None else none

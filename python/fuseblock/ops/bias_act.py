@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import dispatch
 from .._activations import check_activation, number
-from .._library import DifferentiableOp, loop_vmap, state_dtype
+from .._library import DifferentiableOp, loop_vmap, plain_eager, state_dtype
 from ..reference import bias_act as reference
 from . import _candidates
 
@@ -55,9 +55,7 @@ def check(
             wanted = " or ".join(str(d) for d in dict.fromkeys((x.dtype, state_dtype(x.dtype))))
             raise TypeError(f"bias_act: expected {name} of dtype {wanted}, got {p.dtype}")
         if p.device != x.device:
-            raise ValueError(
-                f"bias_act: expected x and {name} on one device, got {x.device} and {p.device}"
-            )
+            raise ValueError(f"bias_act: expected x and {name} on one device, got {x.device} and {p.device}")
     if not math.isfinite(gain):
         raise ValueError(f"bias_act: expected a finite gain, got {gain}")
     if not clamp >= 0:
@@ -83,7 +81,9 @@ def dense(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def _wide(p: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if p is None else p.to(state_dtype(x.dtype)).contiguous()
+    if p is None:
+        return None
+    return (p if p.dtype == x.dtype and p.dtype.itemsize > 2 else p.to(state_dtype(x.dtype))).contiguous()
 
 
 def _mask_bytes(x: Tensor, activation: str, clamp: float, save: bool) -> Any:
@@ -142,14 +142,16 @@ def _fwd_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _fwd_backward(ctx: Any, dy: Tensor | None, _mask: None) -> Any:
+    return _first_order(ctx, dy, bias_act_bwd)
+
+
+def _first_order(ctx: Any, dy: Tensor | None, bwd: Any) -> Any:
     if dy is None:
         return (None,) * 8
     x, bias, slope, mask = ctx.saved_tensors
     need_dbias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
     with dispatch.backend(ctx.forced):
-        dx, dbias, dslope = bias_act_bwd(
-            dy, x, bias, slope, mask, *ctx.constants, ctx.channels_last, need_dbias
-        )
+        dx, dbias, dslope = bwd(dy, x, bias, slope, mask, *ctx.constants, ctx.channels_last, need_dbias)
     return (
         dx,
         dbias.to(ctx.bias_dtype) if need_dbias else None,
@@ -333,3 +335,23 @@ bias_act_bwd_bwd: DifferentiableOp = DifferentiableOp(
     backward=_bwd_bwd_backward,
     vmap=loop_vmap(lambda *args: bias_act_bwd_bwd(*args)),
 )
+
+
+class _Node(torch.autograd.Function):
+    """The operator as a plain autograd node: dispatching and registered formulas cost more than a small image."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        y, mask = _fwd_impl(*args)
+        _fwd_setup(ctx, args, (y, mask))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
+        return _first_order(ctx, dy, bias_act_bwd if torch.is_grad_enabled() else _bwd_impl)
+
+
+def differentiable(*args: Any) -> Tensor:
+    """Y of the operator's arguments, ``save`` set; for calls that autograd records."""
+    y: Tensor = _Node.apply(*args) if plain_eager(args[:3]) else bias_act(*args)[0]
+    return y

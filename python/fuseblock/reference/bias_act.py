@@ -82,7 +82,8 @@ def _pre_activation(x: Tensor, bias: Tensor | None) -> Tensor:
 
 def _scaled(z: Tensor, slope: Tensor | None, activation: int, negative_slope: float, gain: float) -> Tensor:
     slope = None if slope is None else per_channel(slope.to(z.dtype), z)
-    return activate(z, NAMES[activation], negative_slope, slope) * gain
+    v = activate(z, NAMES[activation], negative_slope, slope)
+    return v if gain == 1 else v * gain
 
 
 def bias_act_reference(
