@@ -72,6 +72,10 @@ STABLE_TORCH_LIBRARY(fuseblock_cpu, m) {
       "bias_act_bwd_bwd(Tensor v, Tensor? v_bias, Tensor? v_slope, Tensor? dy, Tensor? x, Tensor? bias, Tensor? slope,"
       " Tensor? mask, int activation, float negative_slope, float gain, float clamp)"
       " -> (Tensor a_dy, Tensor a_x, Tensor a_bias, Tensor a_slope)");
+  m.def(
+      "spectral_norm(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, int[] dims, int n_power_iterations, float eps)"
+      " -> (Tensor[] ys, Tensor state)");
+  m.def("spectral_norm_bwd(Tensor?[] dys, Tensor[] weights, Tensor state, int[] dims) -> Tensor[]");
 }
 
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr,

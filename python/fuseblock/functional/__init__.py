@@ -6,6 +6,7 @@ from ._instance_norm import instance_norm_act
 from ._lstm import lstm, lstm_cell, lstm_gates, lstm_recurrence
 from ._minibatch import minibatch_stddev
 from ._norm import batch_norm_act
+from ._spectral import spectral_norm
 from ._upfirdn2d import downsample2d, filter2d, upfirdn2d, upsample2d
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "lstm_gates",
     "lstm_recurrence",
     "minibatch_stddev",
+    "spectral_norm",
     "upfirdn2d",
     "upsample2d",
 ]

@@ -16,6 +16,7 @@ from .norm_act import (
     InstanceNormAct1d,
     InstanceNormAct2d,
 )
+from .spectral_norm import remove_spectral_norm, spectral_norm
 
 __all__ = [
     "LSTM",
@@ -37,4 +38,6 @@ __all__ = [
     "LeakyReLU",
     "ResidualBlock2d",
     "fold_batch_norm",
+    "remove_spectral_norm",
+    "spectral_norm",
 ]

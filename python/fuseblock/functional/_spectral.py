@@ -1,0 +1,257 @@
+"""Spectral normalisation of many weights in one call.
+
+With W a weight as a matrix (its output channels first), u and v unit vectors kept from call to call:
+
+    power iteration    u = W v / max(|W v|, eps),  v = W^T u / max(|W^T u|, eps)
+    forward            sigma = u^T W v,  y = W / sigma
+    backward           dW = (dy - <dy, W> / sigma u v^T) / sigma        (u and v are constants)
+
+Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", 2018; the derivative is its eq. 12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _ext, dispatch
+from .._library import forward_mode_active, wants_gradient
+
+__all__ = ["spectral_norm"]
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_Tensors = Sequence[Tensor]
+
+
+def spectral_norm(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    *,
+    dims: Sequence[int] | None = None,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+) -> tuple[Tensor, ...]:
+    """Every weight divided by its largest singular value, as estimated by the power method.
+
+        u = W v / max(|W v|, eps),  v = W^T u / max(|W^T u|, eps)  (``n_power_iterations`` times)
+        y = W / (u^T W v)
+
+    W is a weight as a matrix of shape (n_out, n_in): dimension ``dim`` first, the others flattened.
+
+    Args:
+        weights: tensors of two or more dimensions, real or complex.
+        us: (n_out,) each. vs: (n_in,) each. Unit vectors, **updated in place**; the graph does not refer to them, so that
+            two calls before one backward are right.
+        dims: where the output channels of each weight are; None: dimension 0 of all.
+        n_power_iterations: 0 leaves ``us`` and ``vs`` as they are (evaluation).
+        eps: smallest norm that is divided by in the power method.
+
+    Returns:
+        As many tensors, of the shapes, dtypes and memory formats of ``weights``. Differentiable in ``weights``, any
+        number of times, with u and v as constants.
+
+    Raises:
+        ValueError: the numbers of tensors differ, a shape does not fit, or ``n_power_iterations`` is negative.
+    """
+    dims = [0] * len(weights) if dims is None else list(dims)
+    if not len(weights) == len(us) == len(vs) == len(dims):
+        raise ValueError(
+            "spectral_norm: expected as many us, vs and dims as weights, "
+            f"got {len(weights)} weights, {len(us)} us, {len(vs)} vs, {len(dims)} dims"
+        )
+    if n_power_iterations < 0:
+        raise ValueError(f"spectral_norm: expected n_power_iterations >= 0, got {n_power_iterations}")
+    for w, u, v, dim in zip(weights, us, vs, dims, strict=True):
+        if w.dim() < 2 or u.shape != (w.shape[dim],) or u.numel() * v.numel() != w.numel() or v.dim() != 1:
+            raise ValueError(
+                "spectral_norm: expected a weight of two or more dimensions, u of its output channels, v of the rest, "
+                f"got {tuple(w.shape)}, {tuple(u.shape)}, {tuple(v.shape)}, dim {dim}"
+            )
+    if not weights:
+        return ()
+    dims = [dim % w.dim() for w, dim in zip(weights, dims, strict=True)]
+    device = weights[0].device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return _normalized(weights, us, vs, dims, n_power_iterations, eps)
+    return _normalized(weights, us, vs, dims, n_power_iterations, eps)
+
+
+def _normalized(
+    weights: _Tensors, us: _Tensors, vs: _Tensors, dims: list[int], n_power_iterations: int, eps: float
+) -> tuple[Tensor, ...]:
+    if _plain_equations(weights):
+        return _reference(weights, us, vs, dims, n_power_iterations, eps)
+    kernels = _kernels(weights, us, vs)
+    if wants_gradient(weights):
+        return _Normalize.apply(kernels, us, vs, dims, n_power_iterations, eps, *weights)  # type: ignore[no-any-return]
+    return tuple(kernels.forward(weights, us, vs, dims, n_power_iterations, eps)[0])
+
+
+def _plain_equations(weights: _Tensors) -> bool:
+    """Whether autograd, or a tracer or transform, has to see the equations themselves."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_mode_active()
+        or dispatch.forced() == "reference"
+        or any(w.dtype not in _DTYPES for w in weights)
+    )
+
+
+def _matrix(w: Tensor, dim: int) -> Tensor:
+    return (w if dim == 0 else w.movedim(dim, 0)).flatten(1)
+
+
+def _from_matrix(matrix: Tensor, like: Tensor, dim: int) -> Tensor:
+    if dim == 0:
+        return matrix.view(like.shape)
+    sizes = like.shape[dim], *like.shape[:dim], *like.shape[dim + 1 :]
+    return matrix.view(sizes).movedim(0, dim)
+
+
+def _sigma(matrix: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    return torch.vdot(u, torch.mv(matrix, v))
+
+
+def _reference(
+    weights: _Tensors, us: _Tensors, vs: _Tensors, dims: list[int], n_power_iterations: int, eps: float
+) -> tuple[Tensor, ...]:
+    ys = []
+    for w, u, v, dim in zip(weights, us, vs, dims, strict=True):
+        matrix = _matrix(w, dim)
+        with torch.no_grad():
+            for _ in range(n_power_iterations):
+                u.copy_(F.normalize(torch.mv(matrix, v), dim=0, eps=eps))
+                v.copy_(F.normalize(torch.mv(matrix.mH, u), dim=0, eps=eps))
+        ys.append(w / _sigma(matrix, u.clone(), v.clone()))
+    return tuple(ys)
+
+
+class _Kernels(NamedTuple):
+    """Forward: ys, and u, v, sigma of every weight one after the other as one tensor, which backward is given."""
+
+    forward: Callable[..., tuple[list[Tensor], Tensor]]
+    backward: Callable[..., list[Tensor | None]]
+
+
+def _forward(
+    weights: _Tensors, us: _Tensors, vs: _Tensors, dims: list[int], n_power_iterations: int, eps: float
+) -> tuple[list[Tensor], Tensor]:
+    """By PyTorch's operators, on any device. us and vs are copied, since the next call updates them."""
+    matrices = [_matrix(w, dim) for w, dim in zip(weights, dims, strict=True)]
+    if n_power_iterations:
+        new_us, new_vs, sigmas = _power_method(matrices, vs, n_power_iterations, eps)
+        torch._foreach_copy_(list(us), new_us)
+        torch._foreach_copy_(list(vs), new_vs)
+    else:
+        sigmas = [_sigma(m, u, v) for m, u, v in zip(matrices, us, vs, strict=True)]
+    state = [x for u, v, sigma in zip(us, vs, sigmas, strict=True) for x in (u, v, sigma.view(1))]
+    return list(torch._foreach_div(list(weights), sigmas)), torch.cat(state)
+
+
+def _power_method(
+    matrices: list[Tensor], vs: _Tensors, n_power_iterations: int, eps: float
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """New u, v and sigma; sigma without a third product, as u^T W v = <W^T u, v>."""
+    new_vs: Sequence[Tensor] = vs
+    for _ in range(n_power_iterations):
+        new_us = _unit([torch.mv(m, v) for m, v in zip(matrices, new_vs, strict=True)], eps)
+        images = [torch.mv(m.t(), u) for m, u in zip(matrices, new_us, strict=True)]
+        new_vs = _unit(images, eps)
+    return new_us, list(new_vs), [torch.dot(i, v) for i, v in zip(images, new_vs, strict=True)]
+
+
+def _unit(vectors: list[Tensor], eps: float) -> list[Tensor]:
+    norms = torch._foreach_norm(vectors)
+    torch._foreach_clamp_min_(norms, eps)
+    return list(torch._foreach_div(vectors, norms))
+
+
+def _split(state: Tensor, weights: _Tensors, dims: list[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(u, v, sigma) of every weight."""
+    sizes = [n for w, d in zip(weights, dims, strict=True) for n in (w.shape[d], w.numel() // w.shape[d], 1)]
+    parts = state.split(sizes)
+    return [(parts[k], parts[k + 1], parts[k + 2].squeeze(0)) for k in range(0, len(parts), 3)]
+
+
+def _backward(
+    dys: list[Tensor | None], weights: _Tensors, state: Tensor, dims: list[int]
+) -> list[Tensor | None]:
+    """In one pass over dy and W, one over dy and dW, and one to divide."""
+    dws: list[Tensor | None] = []
+    for dy, w, dim, (u, v, sigma) in zip(dys, weights, dims, _split(state, weights, dims), strict=True):
+        if dy is None:
+            dws.append(None)
+            continue
+        g = _matrix(dy, dim)
+        inner = torch.dot(g.flatten(), _matrix(w, dim).flatten())
+        dws.append(_from_matrix(torch.addr(g, u * (-inner / sigma), v).div_(sigma), w, dim))
+    return dws
+
+
+def _recorded_backward(
+    dys: list[Tensor | None], weights: _Tensors, state: Tensor, dims: list[int]
+) -> list[Tensor | None]:
+    """The same as a function of dy and W that autograd differentiates."""
+    dws: list[Tensor | None] = []
+    for dy, w, dim, (u, v, _) in zip(dys, weights, dims, _split(state, weights, dims), strict=True):
+        if dy is None:
+            dws.append(None)
+            continue
+        matrix, g = _matrix(w, dim), _matrix(dy, dim)
+        sigma = _sigma(matrix, u, v)
+        dws.append(_from_matrix((g - (g * matrix).sum() / sigma * torch.outer(u, v)) / sigma, w, dim))
+    return dws
+
+
+_ATEN = _Kernels(_forward, _backward)
+_CPU = (
+    _Kernels(torch.ops.fuseblock_cpu.spectral_norm.default, torch.ops.fuseblock_cpu.spectral_norm_bwd.default)
+    if _ext.has("fuseblock_cpu", "spectral_norm")
+    else None
+)
+
+
+def _kernels(weights: _Tensors, us: _Tensors, vs: _Tensors) -> _Kernels:
+    """The compiled ones where they serve: contiguous float32 or float64 on a CPU."""
+    dtype = weights[0].dtype
+    if _CPU is None or dtype not in (torch.float32, torch.float64) or dispatch.forced() == "aten":
+        return _ATEN
+    fit = all(x.dtype is dtype and x.is_contiguous() and x.device.type == "cpu" for x in (*weights, *us, *vs))
+    return _CPU if fit else _ATEN
+
+
+class _Normalize(torch.autograd.Function):
+    """y = W / sigma of every weight as one node: sigma is a function of W, u and v are constants."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: _Kernels,
+        us: _Tensors,
+        vs: _Tensors,
+        dims: list[int],
+        n_power_iterations: int,
+        eps: float,
+        *weights: Tensor,
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        ys, state = kernels.forward(weights, us, vs, dims, n_power_iterations, eps)
+        ctx.kernels, ctx.dims = kernels, dims
+        ctx.save_for_backward(state, *weights)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
+        state, *weights = ctx.saved_tensors
+        needed = ctx.needs_input_grad[6:]
+        given = [dy if need else None for dy, need in zip(dys, needed, strict=True)]
+        backward = _recorded_backward if torch.is_grad_enabled() else ctx.kernels.backward
+        dws = backward(given, weights, state, ctx.dims)
+        return (None,) * 6 + tuple(None if dy is None else dw for dy, dw in zip(given, dws, strict=True))
