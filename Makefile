@@ -40,7 +40,7 @@ gpu:
 
 example: build
 	$(PY) examples/forecast.py --plot $(OUT)/forecast.png
-	$(PY) examples/dcgan.py --out $(OUT)/dcgan --require 0.5
+	$(PY) examples/dcgan.py --out $(OUT)/dcgan
 
 lint: build
 	$(PY) -m ruff check .

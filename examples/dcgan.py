@@ -1,6 +1,6 @@
 """Train a DCGAN, on scikit-learn's digits or on a folder of images, with any of fuseblock's losses and penalties.
 
-    python examples/dcgan.py                                                    # digits: about 3 minutes on 2 cores
+    python examples/dcgan.py                                                    # digits: about 4 minutes on 2 cores
     python examples/dcgan.py --data photos/ --size 64 --epochs 200 --out out/photos
     python examples/dcgan.py --out out/dcgan --resume                           # goes on after a kill
     torchrun --nproc-per-node 2 examples/dcgan.py                               # DistributedDataParallel
@@ -350,9 +350,8 @@ def train(trainer: Trainer, args: argparse.Namespace) -> None:
             tick(text)
 
 
-def judge(trainer: Trainer, labels: np.ndarray, require: float) -> bool:
+def judge(trainer: Trainer, referee: Judge, require: float) -> bool:
     """Print how many of 1000 samples are digits, and which; whether that is enough."""
-    referee = Judge(trainer.images.cpu(), labels)
     verdict = referee(trainer.sample(1000))
     print(
         "judge: a support vector machine trained on real digits and on junk made of them; accepted: taken for a digit\n"
@@ -374,24 +373,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a DCGAN on digits or on a folder of images.")
     parser.add_argument("--data", default="digits", help="'digits', or a folder of images")
     parser.add_argument("--gray", action="store_true", help="one channel instead of three (folders)")
-    parser.add_argument("--size", type=int, default=16, help="of images: a power of two; digits: 8, 16 or 32")
+    parser.add_argument("--size", type=int, default=32, help="of images: a power of two; digits: 8, 16 or 32")
     parser.add_argument("--loss", choices=gan.LOSSES, default="relativistic")
-    parser.add_argument("--penalty", choices=PENALTIES, default="r1+r2")
-    parser.add_argument("--gamma", type=float, default=2.0, help="weight of the penalties")
+    parser.add_argument("--penalty", choices=PENALTIES, default="r1")
+    parser.add_argument("--gamma", type=float, default=0.5, help="weight of the penalties")
     parser.add_argument(
         "--norm",
         choices=("auto", "batch", "instance", "none"),
         default="auto",
         help="of the discriminator; auto: batch without penalty, none with one",
     )
-    parser.add_argument("--width", type=int, default=32, help="channels at half the size")
-    parser.add_argument("--latent", type=int, default=64, help="random numbers per image")
+    parser.add_argument("--width", type=int, default=20, help="channels at half the size")
+    parser.add_argument("--latent", type=int, default=24, help="random numbers per image")
     parser.add_argument("--batch", type=int, default=64, help="images per step, of all processes together")
     parser.add_argument("--epochs", type=int, default=150)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--beta1", type=float, default=0.0)
     parser.add_argument("--beta2", type=float, default=0.99)
-    parser.add_argument("--ema", type=float, default=0.995, help="decay of the averaged weights")
+    parser.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=None, help="default: PyTorch's")
@@ -399,7 +398,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint-every", type=int, default=0, help="steps; default: every epoch")
     parser.add_argument("--resume", action="store_true", help="go on from --out, if there is a checkpoint")
     parser.add_argument(
-        "--require", type=float, default=0.0, help="share of accepted digits below which to fail"
+        "--require", type=float, default=0.5, help="share of accepted digits below which to fail"
     )
     return parser.parse_args(argv)
 
@@ -436,7 +435,7 @@ def main(argv: list[str] | None = None) -> int:
         except ImportError:
             print("no curves: matplotlib is not installed")
         print(f"wrote {args.out}/: checkpoint.pt, samples.png, samples/, curves.png")
-        return 0 if labels is None or judge(trainer, labels, args.require) else 1
+        return 0 if labels is None or judge(trainer, Judge(images, labels), args.require) else 1
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def test_torchrun(tmp_path):
     script.write_text(
         textwrap.dedent(
             f"""
-            import sys
+            import contextlib, sys
             sys.path.insert(0, {str(EXAMPLES)!r})
             import dcgan, torch
             from pathlib import Path
@@ -132,10 +132,13 @@ def test_torchrun(tmp_path):
                     networks = [*self.generator.parameters(), *self.discriminator.parameters()]
                     torch.save([p.detach() for p in networks], Path({str(tmp_path)!r}) / f"rank{{self.place.rank}}.pt")
 
-            dcgan.Trainer = Spy
+            dcgan.Trainer, dcgan.plot, dcgan.judge = Spy, lambda *_: None, lambda *_: True
             two = ("--epochs", "2")
-            for out, *more in (("whole", *two), ("parts", "--epochs", "1"), ("parts", *two, "--resume")):
-                dcgan.main([*{options!r}, "--out", str(Path({str(tmp_path)!r}) / out), *more])
+            with dcgan.world("cpu") as place:  # one group for all three runs
+                dcgan.world = lambda _: contextlib.nullcontext(place)
+                for out, *more in (("whole", *two), ("parts", "--epochs", "1"), ("parts", *two, "--resume")):
+                    dcgan.main([*{options!r}, "--out", str(Path({str(tmp_path)!r}) / out), *more])
+                torch.distributed.barrier()
             """
         )
     )
@@ -235,30 +238,35 @@ def test_grid(dcgan, tmp_path):
         assert grid.getpixel((8, 1)) == 255 and grid.getpixel((7, 1)) == 0
 
 
-@pytest.mark.parametrize("size", [8, 16])
-def test_judge(dcgan, size):
-    images, labels = dcgan.load_digits(size)
-    judge = dcgan.Judge(images, labels)
+@pytest.fixture(scope="module")
+def referee(dcgan):
+    return dcgan.Judge(*dcgan.load_digits(16))
+
+
+def test_judge(dcgan, referee):
+    images, _ = dcgan.load_digits(16)
+    judge = referee
     assert judge.accepts_real > 0.93 and judge.accuracy > 0.93
     assert judge.accepts_junk < 0.1
     verdict = judge(images[:500])
     assert verdict.accepted > 0.95
     assert sum(verdict.counts) == round(500 * verdict.accepted)
     assert judge(torch.zeros_like(images[:50])).accepted == 0.0
-    assert judge(torch.rand(200, 1, size, size) * 2 - 1).accepted < 0.05
+    assert judge(torch.rand(200, 1, 16, 16) * 2 - 1).accepted < 0.05
 
 
-@pytest.mark.parametrize(("require", "code"), [("0.9", 0), ("0.99", 1)])
-def test_verdict(dcgan, trainer, capsys, require, code):
-    """Real digits instead of samples: they pass where 90 % are asked."""
-    images, labels = dcgan.load_digits(8)
+def test_verdict(dcgan, referee, trainer, capsys):
+    """Real digits instead of samples."""
+    images, labels = dcgan.load_digits(16)
     run = trainer()
     run.sample = lambda count: images[4::5]
-    assert dcgan.judge(run, labels, float(require)) == (code == 0)
+    assert dcgan.judge(run, referee, 0.9)
     out = capsys.readouterr().out
-    assert "10 of 10 digits" in out and ("passed" if code == 0 else "FAILED") in out
-    run.sample = lambda count: images[torch.from_numpy(labels != 3)]
-    assert not dcgan.judge(run, labels, 0.5), "a digit is missing"
+    assert "10 of 10 digits" in out and "passed" in out and f"{referee.accepts_real:.1%} accepted" in out
+    assert not dcgan.judge(run, referee, 0.99)
+    assert "FAILED" in capsys.readouterr().out
+    run.sample = lambda count: images[torch.from_numpy(labels == 3)].repeat(3, 1, 1, 1)
+    assert not dcgan.judge(run, referee, 0.5), "digits are missing"
 
 
 def test_bad_options(dcgan, tmp_path):

@@ -37,7 +37,9 @@ def test_r1_and_r2_of_a_linear_discriminator(weight):
         gan.R2Penalty(3.0)(linear(weight), real, fake),
     ):
         assert penalty.shape == ()
-        assert float(penalty.detach()) == pytest.approx(1.5 * float(weight.detach().square().sum()), rel=1e-13)
+        assert float(penalty.detach()) == pytest.approx(
+            1.5 * float(weight.detach().square().sum()), rel=1e-13
+        )
         (gradient,) = torch.autograd.grad(penalty, weight)
         torch.testing.assert_close(gradient, 3.0 * weight.detach(), rtol=1e-13, atol=0.0)
 
