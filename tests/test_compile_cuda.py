@@ -102,3 +102,24 @@ def test_vectorised_kernels_move_16_bytes(architecture: str) -> None:
             assert not re.search(r"(LDG|STG)\.E\.(U8|U16|S16)", code), f"{name} moves single elements"
         else:
             assert loads == stores == 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_normalisation_moves_vectors(architecture: str) -> None:
+    """16 bytes; in the second order at most four elements, for registers. Scalars, where rows are not aligned."""
+    cubin = compile_cubin(ROOT / "csrc" / "cuda" / "batch_norm_act.cu", architecture)
+    kernels = re.split(r"\n\s*Function : ", dump(cubin, "--dump-sass"))[1:]
+    seen = set()
+    for code in kernels:
+        name = code.split("\n", 1)[0]
+        # ...kernelI6__halfLi8ELb1E...: element type, elements of one access, channels-last
+        found = re.search(r"batch_norm_act_(\w+?)_kernelI(d|f|6__half|13__nv_bfloat16)Li(\d+)E", name)
+        if found is None or found[3] == "1":
+            continue
+        wide = int(found[3]) * {"d": 8, "f": 4}.get(found[2], 2)
+        bits = {16: ".128", 8: ".64"}[wide]
+        assert wide == 16 or found[1].startswith("bwd_bwd")
+        assert f"LDG.E{bits}" in code, f"{name} has no loads of {wide} bytes"
+        assert "reduce" in found[1] or found[1] == "stats" or f"STG.E{bits}" in code, f"{name}: narrow stores"
+        seen.add((found[1], wide))
+    assert len(seen) == 8, seen

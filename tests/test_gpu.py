@@ -160,3 +160,59 @@ def test_packed_sequences_and_long_sequences() -> None:
     torch.testing.assert_close(ours(packed)[0].data, stock(packed)[0].data, rtol=1e-4, atol=1e-5)
     y, _ = ours(0.1 * torch.randn(70_000, 2, 4, device="cuda"))
     assert bool(y.isfinite().all())
+
+
+NORM_CASES = [
+    ("leaky_relu", False, torch.float32),
+    ("leaky_relu", True, torch.bfloat16),
+    ("silu", True, torch.float32),
+]
+
+
+@pytest.mark.parametrize(("activation", "channels_last", "dtype"), NORM_CASES, ids=str)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_batch_norm_act_in_a_cuda_graph(
+    name: str, activation: str, channels_last: bool, dtype: torch.dtype
+) -> None:
+    """Forward, backward and second order of a captured call follow what is copied into its inputs."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x, residual = (
+        torch.randn(6, 48, 20, 20, device="cuda").to(dtype, memory_format=layout) for _ in range(2)
+    )
+    weight, bias = torch.randn(2, 48, device="cuda")
+
+    def step(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (x, residual, weight, bias)]
+        y = functional.batch_norm_act(leaves[0], *leaves[2:], leaves[1], activation=activation)
+        first = torch.autograd.grad(y.float().sin().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.float().cos().sum() for g in first), leaves)
+        return [t.detach() for t in (y, *first, *second)]
+
+    inputs = [x, residual, weight, bias]
+    with fuseblock.backend(name):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step(*inputs)  # compiles outside of the capture
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step(*inputs)
+        for t in inputs:
+            t.copy_(torch.randn_like(t))
+        graph.replay()
+        again = step(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(captured, again, strict=True)), "sums have a fixed order"
+    with fuseblock.backend("reference"):
+        want = step(*(t.double() for t in inputs))
+    for got, exact in zip(captured[:3], want[:3], strict=True):
+        assert_near(got, exact, dtype)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_batch_norm_act_beyond_32_bit_offsets(name: str) -> None:
+    x = torch.randn(2**31 // (64 * 1024) + 5, 64, 1024, device="cuda", dtype=torch.float16)
+    with fuseblock.backend(name), torch.no_grad():
+        y = functional.batch_norm_act(x, activation="relu")
+    mean, var = x[:, 5].double().mean(), x[:, 5].double().var(correction=0)
+    assert_near(y[-3:, 5], ((x[-3:, 5].double() - mean) * (var + 1e-5).rsqrt()).relu(), torch.float16)

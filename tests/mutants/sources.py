@@ -53,6 +53,10 @@ _TRITON = (
     _selected("triton", "tests/ops/test_lstm_gates.py"),
 )
 
+_NORM = "tests/ops/test_batch_norm_act_kernels.py"
+_NORM_CUDA = (_selected("cuda", _NORM), _selected("threads", _NORM))
+_NORM_TRITON = (_selected("triton and float64", _NORM), _selected("triton", _NORM))
+
 SOURCES = [
     Source("csrc/math/lstm_gates.h", "emulator", _EMULATOR),
     Source("csrc/cuda/lstm_gates.cuh", "emulator", _EMULATOR),
@@ -82,9 +86,14 @@ SOURCES = [
     Source("csrc/cpu/layer_bwd.h", "cpu", _CPU_LAYER, _THREADS),
     Source("csrc/cpu/sweep.h", "cpu", _CPU_RECURRENCE, _THREADS),
     Source("csrc/cpu/tile_gemm.h", "cpu", _CPU_RECURRENCE),
-    Source("csrc/cpu/plan.h", "cpu", _THREADS + _CPU_LAYER + _CPU_RECURRENCE),
+    Source("csrc/cpu/plan.h", "cpu", _CPU_LAYER + _CPU_RECURRENCE),
     Source("csrc/cpu/lstm_layer.cpp", "cpu", _CPU_LAYER),
-    Source("csrc/cpu/lstm_recurrence.cpp", "cpu", _THREADS + _CPU_RECURRENCE),
+    Source("csrc/cpu/lstm_recurrence.cpp", "cpu", _CPU_RECURRENCE + _THREADS),
+    Source("csrc/cuda/batch_norm_act.cuh", "emulator", _NORM_CUDA),
+    Source("csrc/cuda/batch_norm_act.cu", "emulator", _NORM_CUDA),
+    Source("kernels/batch_norm_act.py", "triton", _NORM_TRITON),
+    Source("kernels/channel_tiles.py", "triton", _NORM_TRITON),
+    Source("kernels/pointwise.py", "triton", _NORM_TRITON),
     Source("kernels/activations.py", "triton", _TRITON),
     Source("kernels/lstm_gates.py", "triton", _TRITON),
     Source("kernels/lstm_recurrence.py", "triton", _TRITON[:2]),
