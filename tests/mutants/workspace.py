@@ -16,6 +16,8 @@ from .sources import ROOT, Source
 from .switches import DEFINITION
 
 _BUILD_LIMIT = 1200.0
+_COPIED = ("csrc", "kernels", "python/fuseblock", "tests")
+_SOURCES = (".py", ".h", ".cpp", ".cuh", ".cu")
 
 
 _ONE_TABLE = """#include "kernel_table.h"
@@ -32,7 +34,12 @@ class Workspace:
     def __init__(self, folder: Path, kit: str) -> None:
         self.folder, self.kit = folder.resolve(), kit
         self._worker: subprocess.Popen[str] | None = None
-        for name, content in self._files().items():
+        files = self._files()
+        for top in _COPIED:
+            for path in (self.folder / top).rglob("*"):
+                if path.suffix in _SOURCES and str(path.relative_to(self.folder)) not in files:
+                    path.unlink()  # gone from the working tree
+        for name, content in files.items():
             file = self.folder / name
             # Files that are there already keep their times, so that what was compiled from them stays current.
             if not file.exists() or file.read_bytes() != content:
@@ -46,7 +53,7 @@ class Workspace:
     def _files(self) -> dict[str, bytes]:
         """What the copy consists of, by name."""
         found = [ROOT / "setup.py", ROOT / "pyproject.toml"]
-        for name in ("csrc", "kernels", "python/fuseblock", "tests"):
+        for name in _COPIED:
             found += [path for path in (ROOT / name).rglob("*") if path.is_file()]
         files = {}
         for path in found:
