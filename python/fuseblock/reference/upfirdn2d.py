@@ -42,7 +42,10 @@ def upfirdn2d_reference(
     dtype = state_dtype(x.dtype)
     taps = f.to(dtype) if flip_filter else f.to(dtype).flip((0, 1))
     planes = F.pad(x.to(dtype).reshape(n * c, 1, h, 1, w, 1), (0, up_x - 1, 0, 0, 0, up_y - 1))
-    planes = F.pad(planes.reshape(n * c, 1, h * up_y, w * up_x), (pad_x0, pad_x1, pad_y0, pad_y1))
+    pads = (pad_x0, pad_x1, pad_y0, pad_y1)
+    planes = F.pad(planes.reshape(n * c, 1, h * up_y, w * up_x), [max(p, 0) for p in pads])
+    x0, x1, y0, y1 = (max(-p, 0) for p in pads)
+    planes = planes[:, :, y0 : planes.shape[2] - y1, x0 : planes.shape[3] - x1]
     y = F.conv2d(planes, (taps * gain)[None, None], stride=(down_y, down_x))
     y = y.reshape(n, c, *y.shape[2:]).to(x.dtype)
     return y.contiguous(memory_format=memory_format_of(x))
