@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..nn import BatchNormAct2d, Conv2d, Conv2dBlock, ConvTranspose2dBlock, ResidualBlock2d
+from ..nn import BatchNormAct2d, Conv2d, Conv2dBlock, ConvTranspose2dBlock, ResidualBlock2d, spectral_norm
 
 
 def _stages(size: int) -> int:
@@ -60,7 +60,7 @@ def init_dcgan(model: nn.Module) -> nn.Module:
 def init_sngan(model: nn.Module) -> nn.Module:
     """Initialise as the code of Miyato et al. 2018: Xavier uniform, gain sqrt(2) inside residual blocks, else 1; biases 0.
 
-    Works in place on a model before :func:`torch.nn.utils.parametrizations.spectral_norm`; returns it. Batch norm
+    Works in place on a model before :func:`fuseblock.nn.spectral_norm`; returns it. Batch norm
     keeps its weights 1 and biases 0.
     """
     inner = {
@@ -238,7 +238,7 @@ class ResNetDiscriminator(nn.Module):
         max_multiplier: bounds the channels at low resolution.
         halvings: default: those that lead to 4x4 pixels, but 2 for size 32.
         same_blocks: residual blocks behind them; default 2 for size 32, else 1.
-        spectral: divide all weights by their largest singular value, as the paper does.
+        spectral: divide all weights by their largest singular value (:func:`fuseblock.nn.spectral_norm`), as the paper does.
 
     Shapes: images ``(N, channels, size, size)`` -> logits ``(N,)``.
 
@@ -277,9 +277,7 @@ class ResNetDiscriminator(nn.Module):
         self.linear = nn.Linear(widths[-1], 1)
         init_sngan(self)
         if spectral:
-            for module in list(self.modules()):
-                if isinstance(module, nn.Conv2d | nn.Linear):
-                    nn.utils.parametrizations.spectral_norm(module)
+            spectral_norm(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images; shapes as in the class."""
