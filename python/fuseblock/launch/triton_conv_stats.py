@@ -1,0 +1,155 @@
+"""Host side of the Triton convolutions with statistics: kernels/conv2d_stats.py, kernels/conv_transpose2d_subpixel.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fuseblock.kernels.conv2d_stats import combine_stats_kernel, conv2d_stats_fwd_kernel
+from fuseblock.kernels.conv_transpose2d_subpixel import conv_transpose2d_subpixel_fwd_kernel
+
+from .. import dispatch
+from .._library import state_dtype
+from ..dispatch import Candidate
+from ..reference.conv_stats import memory_format_of
+from . import _triton
+
+#: Taps that are unrolled at most.
+_MOST_TAPS = 25
+
+#: Values that a tile of the combining kernel holds, of rows x channels.
+COMBINE_BLOCKS = (64, 16)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tile sizes (pixels, output channels, channels) and compiler options; none that is listed here spills registers."""
+
+    m: int
+    n: int
+    k: int
+    num_stages: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernels' constants."""
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Compiler options: more than 4 warps are no safe choice for loops like these (pytorch/pytorch#173068)."""
+        return {"num_warps": 4, "num_stages": self.num_stages}
+
+
+def gpu_blocks(dtype: torch.dtype, precision: str) -> Blocks:
+    """Tiles for a GPU: tensor cores take 16-bit and TF32 products; others are smaller for want of registers."""
+    if dtype == torch.float64:
+        return Blocks(32, 32, 16, 2)
+    if dtype == torch.float32:
+        return Blocks(64, 64, 32, 2) if precision == "tf32" else Blocks(32, 32, 16, 2)
+    return Blocks(64, 64, 32, 3)
+
+
+def _blocks(x: Tensor, pixels: int, channels: int, out_channels: int, precision: str) -> Blocks:
+    if not _triton.INTERPRETED:
+        return gpu_blocks(x.dtype, precision)
+    # The interpreter's time is that of the number of programs.
+    sizes = (triton.next_power_of_2(n) for n in (pixels, out_channels, channels))
+    m, n, k = (min(max(size, 16), 4096) for size in sizes)
+    return Blocks(m, n, k, 1)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How float32 products are taken: as PyTorch's convolutions do."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def why_not(x: Tensor, weight: Tensor, *args: Any) -> str | None:
+    """The reason why these kernels cannot take the arguments of an operator, or None."""
+    reason = _triton.why_not(x)
+    if reason is None and x.device.type == "cpu" and dispatch.forced() != "triton":
+        reason = "Triton's interpreter is for tests: backend('triton') forces it"
+    if reason is None and weight.shape[2] * weight.shape[3] > _MOST_TAPS:
+        reason = f"a kernel of {weight.shape[2]} x {weight.shape[3]} has more than {_MOST_TAPS} taps"
+    n, channels, h, w = x.shape
+    most = 4 * (h + 2 * weight.shape[2]) * (w + 2 * weight.shape[3])  # padding below the kernel's size
+    if reason is None and max(n, *weight.shape[:2]) * most >= 2**31:
+        reason = "an image, or the pixels of all of them, have 2^31 elements or more"
+    return reason
+
+
+def candidates(op: str) -> tuple[Candidate, ...]:
+    """How Triton can run `op`: conv2d_stats or conv_transpose2d_subpixel."""
+    return (Candidate("triton", globals()[op], why_not, devices=_triton.DEVICES),)
+
+
+def _combine(partial: Tensor, blocks: int, pixels: int, block_pixels: int, values: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance from partials (2, rows, channels) of blocks of pixels, each of so many values."""
+    _, rows, channels = partial.shape
+    mean, var = partial.new_empty(channels), partial.new_empty(channels)
+    block_r, block_c = COMBINE_BLOCKS
+    if _triton.INTERPRETED:
+        block_c = triton.next_power_of_2(channels)
+    combine_stats_kernel[(triton.cdiv(channels, block_c),)](
+        partial, mean, var, rows, blocks, channels, pixels, pixels * values * (rows // blocks),
+        BLOCK_PIXELS=block_pixels, VALUES=values, DTYPE=_triton.math_dtype(partial), BLOCK_R=block_r, BLOCK_C=block_c,
+    )  # fmt: skip
+    return mean, var
+
+
+def _outputs(x: Tensor, shape: tuple[int, ...], rows: int) -> tuple[Tensor, Tensor]:
+    """y in the layout of x, and the partial statistics."""
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
+    return y, torch.empty(2, rows, shape[1], dtype=state_dtype(x.dtype), device=x.device)
+
+
+def conv2d_stats(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Op `conv2d_stats`: (y, mean, var)."""
+    out_channels, channels, taps_y, taps_x = weight.shape
+    layout = memory_format_of(x)
+    x = x.contiguous(memory_format=layout)
+    n, _, h, w = x.shape
+    out_h, out_w = (
+        (size + 2 * pad - taps) // step + 1
+        for size, pad, taps, step in zip((h, w), padding, (taps_y, taps_x), stride, strict=True)
+    )
+    pixels = n * out_h * out_w
+    precision = precision_of(x.dtype)
+    blocks = _blocks(x, pixels, channels, out_channels, precision)
+    rows = triton.cdiv(pixels, blocks.m)
+    y, partial = _outputs(x, (n, out_channels, out_h, out_w), rows)
+    with torch.cuda.device_of(x):
+        conv2d_stats_fwd_kernel[(rows, triton.cdiv(out_channels, blocks.n))](
+            x, weight.permute(2, 3, 1, 0).contiguous(), None if bias is None else bias.contiguous(), y, partial,
+            pixels, channels, h, w, out_channels, out_h, out_w, *stride, *padding,
+            KH=taps_y, KW=taps_x, CHANNELS_LAST=layout == torch.channels_last, DTYPE=_triton.math_dtype(x),
+            PRECISION=precision, **blocks.constants, **blocks.options,
+        )  # fmt: skip
+        return y, *_combine(partial, rows, pixels, blocks.m, 1)
+
+
+def conv_transpose2d_subpixel(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Op `conv_transpose2d_subpixel`: (y, mean, var)."""
+    channels, out_channels = weight.shape[:2]
+    layout = memory_format_of(x)
+    x = x.contiguous(memory_format=layout)
+    n, _, h, w = x.shape
+    pixels = n * h * w
+    precision = precision_of(x.dtype)
+    blocks = _blocks(x, pixels, channels, out_channels, precision)
+    rows = triton.cdiv(pixels, blocks.m)
+    y, partial = _outputs(x, (n, out_channels, 2 * h, 2 * w), 2 * rows)
+    with torch.cuda.device_of(x):
+        conv_transpose2d_subpixel_fwd_kernel[(rows, triton.cdiv(out_channels, blocks.n), 2)](
+            x, weight.permute(2, 3, 0, 1).contiguous(), None if bias is None else bias.contiguous(), y, partial,
+            pixels, channels, h, w, out_channels,
+            CHANNELS_LAST=layout == torch.channels_last, DTYPE=_triton.math_dtype(x), PRECISION=precision,
+            **blocks.constants, **blocks.options,
+        )  # fmt: skip
+        return y, *_combine(partial, rows, pixels, blocks.m, 2)

@@ -1,0 +1,32 @@
+"""Convolutions with the batch statistics of their result, in plain PyTorch; differentiable to any order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._library import state_dtype
+from .upfirdn2d import memory_format_of as memory_format_of
+
+
+def _with_stats(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    y = y.contiguous(memory_format=memory_format_of(x))
+    var, mean = torch.var_mean(y.to(state_dtype(y.dtype)), (0, 2, 3), correction=0)
+    return y, mean, var
+
+
+def conv2d_stats_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (N, O, OH, OW) = x (N, C, H, W) * weight (O, C, KH, KW) + bias; mean and biased variance (O,) of y."""
+    return _with_stats(F.conv2d(x, weight, bias, stride, padding), x)
+
+
+def conv_transpose2d_subpixel_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (N, O, 2H, 2W), the transposed convolution of stride 2 and padding 1 of x with weight (C, O, 4, 4); mean, var."""
+    return _with_stats(F.conv_transpose2d(x, weight, bias, 2, 1), x)
