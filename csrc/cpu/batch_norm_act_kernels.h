@@ -209,11 +209,10 @@ struct Norm {
       double* const mean = sums + u;
       double* const squares = sums + a.padded + u;
       const int64_t seen = m - s.begin;
-      V shift;
-      if (seen) for (int j = 0; j < lanes; ++j) shift.raw[j] = (C)mean[j];
-      else shift = at(a.x, m * a.width + u, l);
-      V sum(C(0)), square(C(0));
       const double more = (double)(end - m);
+      V shift, sum(C(0)), square(C(0));
+      if (seen) for (int j = 0; j < lanes; ++j) shift.raw[j] = (C)mean[j];
+      else shift = at(a.x, m++ * a.width + u, l);  // its own deviation from it is 0
       for (; m < end; ++m) {
         const V d = at(a.x, m * a.width + u, l) - shift;
         sum = sum + d;

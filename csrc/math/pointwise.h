@@ -48,8 +48,9 @@ FB_HD Curve<V> act_curve(V z) {
     const V s = sigmoid(z), falling = one - s;
     return {s * (one + z * falling), s * falling * (two + z * (one - two * s))};
   } else if constexpr (A == Activation::tanh) {
-    const V t = tanh_(z), first = one - t * t;
-    return {first, V(0) - two * t * first};
+    // 1 - tanh^2 = 4 s (1 - s) with the smaller s of the two sides does not cancel.
+    const V s = sigmoid(where_positive(z, V(0) - two * z, two * z)), first = two * two * s * (one - s);
+    return {first, where_positive(z, V(0) - two * first, two * first) * (one - two * s)};
   } else {
     const V e = exp_(where_positive(z, V(0), z));  // 1 where z > 0
     return {e, where_positive(V(0) - z, e, V(0))};  // 0 at z = 0, as in PyTorch

@@ -281,7 +281,8 @@ def second_order(
     def cotangent(t: Tensor | None) -> Tensor:
         return zero if t is None else t.to(zero.dtype).expand_as(zero)
 
-    sums = kernels.bwd_bwd_reduce(v, v_r, dy, site)
+    # The adjoint of z, which is what v_r counts for in the sums, is zero where the activation is linear.
+    sums = kernels.bwd_bwd_reduce(v, None if is_linear(activation) else v_r, dy, site)
     smooth = activation not in PIECEWISE_LINEAR
     given = cotangent(v_dweight), cotangent(v_dbias), cotangent(v_dslope)
     w = torch.ones_like(mean) if site.weight is None else site.weight
