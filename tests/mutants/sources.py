@@ -57,6 +57,11 @@ _NORM = "tests/ops/test_batch_norm_act_kernels.py"
 _NORM_CUDA = (_selected("cuda", _NORM), _selected("threads", _NORM))
 _NORM_TRITON = (_selected("triton and float64", _NORM), _selected("triton", _NORM))
 
+_NORM_CPU = (
+    _selected("not triton and not cuda and not reference", "tests/ops/test_batch_norm_act.py"),
+    ("tests/ops/test_batch_norm_act_passes.py",),
+)
+
 SOURCES = [
     Source("csrc/math/lstm_gates.h", "emulator", _EMULATOR),
     Source("csrc/cuda/lstm_gates.cuh", "emulator", _EMULATOR),
@@ -91,6 +96,33 @@ SOURCES = [
     Source("csrc/cpu/lstm_recurrence.cpp", "cpu", _CPU_RECURRENCE + _THREADS),
     Source("csrc/cuda/batch_norm_act.cuh", "emulator", _NORM_CUDA),
     Source("csrc/cuda/batch_norm_act.cu", "emulator", _NORM_CUDA),
+    Source("csrc/math/scalar.h", "emulator", _NORM_CUDA + _EMULATOR),
+    Source("csrc/math/pointwise.h", "cpu", _NORM_CPU),
+    Source("csrc/cpu/pointwise_simd.h", "cpu", _NORM_CPU),
+    Source("csrc/cpu/batch_norm_act_kernels.h", "cpu", _NORM_CPU),
+    Source("csrc/cpu/batch_norm_act.cpp", "cpu", _NORM_CPU),
+    Source(
+        "python/fuseblock/launch/batch_norm_act.py",
+        "python",
+        (("tests/test_sync_batch_norm.py",), _selected("triton", "tests/ops/test_batch_norm_act.py")),
+    ),
+    Source(
+        "python/fuseblock/reference/batch_norm_act.py",
+        "python",
+        (
+            _selected("reference or third", "tests/ops/test_batch_norm_act.py"),
+            ("tests/test_sync_batch_norm.py",),
+        ),
+    ),
+    Source(
+        "python/fuseblock/_batch_norm_node.py",
+        "python",
+        (
+            _selected(
+                "not triton and not cuda and not cpu and not reference", "tests/ops/test_batch_norm_act.py"
+            ),
+        ),
+    ),
     Source("kernels/batch_norm_act.py", "triton", _NORM_TRITON),
     Source("kernels/channel_tiles.py", "triton", _NORM_TRITON),
     Source("kernels/pointwise.py", "triton", _NORM_TRITON),
