@@ -6,7 +6,9 @@ Modes:
 * ``forward``: ``torch.no_grad`` and ``eval``;
 * ``train``: forward and the gradients of all parameters and of the input;
 * ``penalty``: the input gradient, recorded; the penalty on it, and the penalty's gradients of all parameters. WGAN-GP
-  (distance of the gradient's norm to 1) or R1 (its squared norm) by itself, as lazily regularised critics do.
+  (distance of the gradient's norm to 1) or R1 (its squared norm) by itself, as lazily regularised critics do;
+* ``double``: the gradient of the gradient alone: of the recorded input gradient, with respect to input, parameters and
+  cotangent, on a graph that is kept.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-MODES = ("forward", "train", "penalty")
+MODES = ("forward", "train", "penalty", "double")
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,11 @@ class GanCase:
 
     def flop(self, mode: str) -> float:
         """Floating-point operations of the convolutions of one step."""
-        return 2 * self.traffic()[0] * {"forward": 1, "train": 3, "penalty": 5}[mode]
+        return 2 * self.traffic()[0] * {"forward": 1, "train": 3, "penalty": 5, "double": 3}[mode]
 
     def least_bytes(self, mode: str, itemsize: int) -> float:
         """Memory traffic if every module read its input and wrote its output once per pass."""
-        return self.traffic()[1] * itemsize * {"forward": 1, "train": 3, "penalty": 6}[mode]
+        return self.traffic()[1] * itemsize * {"forward": 1, "train": 3, "penalty": 6, "double": 3}[mode]
 
     @property
     def longest_sum(self) -> int:
@@ -190,7 +192,8 @@ def _r3gan(channels: int, groups: int) -> list[nn.Module]:
     ]
 
 
-ALL = MODES
+ALL = ("forward", "train", "penalty")
+SINGLE = ("forward", "train", "double")
 CASES: tuple[GanCase, ...] = (
     # Single operations: what the bars are about.
     GanCase(
@@ -200,7 +203,7 @@ CASES: tuple[GanCase, ...] = (
         (96, 64, 64),
         16,
         64,
-        ALL,
+        SINGLE,
         kind="norm",
     ),
     GanCase(
@@ -210,7 +213,7 @@ CASES: tuple[GanCase, ...] = (
         (64, 8, 8),
         16,
         64,
-        ALL,
+        SINGLE,
         quick=True,
         kind="norm-small",
     ),
@@ -221,7 +224,7 @@ CASES: tuple[GanCase, ...] = (
         (50, 33, 31),
         16,
         64,
-        ALL,
+        SINGLE,
         kind="norm",
     ),
     GanCase(
@@ -231,7 +234,7 @@ CASES: tuple[GanCase, ...] = (
         (64, 32, 32),
         8,
         64,
-        ALL,
+        SINGLE,
         kind="conv",
     ),
     GanCase(
@@ -241,7 +244,7 @@ CASES: tuple[GanCase, ...] = (
         (96, 32, 32),
         8,
         64,
-        ALL,
+        SINGLE,
         kind="conv",
     ),
     GanCase(
@@ -251,7 +254,7 @@ CASES: tuple[GanCase, ...] = (
         (50, 33, 33),
         8,
         64,
-        ALL,
+        SINGLE,
         kind="conv",
     ),
     # DCGAN.

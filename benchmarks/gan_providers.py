@@ -67,7 +67,7 @@ class BlockProvider:
 
     def why_not(self, case: GanCase, mode: str, device: str, dtype: torch.dtype) -> str | None:
         """None when it can run, else the reason."""
-        if self.compiled and mode == "penalty":
+        if self.compiled and mode in ("penalty", "double"):
             return "AOTAutograd does not support double backward"
         if self.compiled and case.spectral:
             return "not measured with spectral norm"
@@ -113,6 +113,21 @@ class BlockProvider:
             grads = torch.autograd.grad(value, list(wanted.values()), materialize_grads=True)
             return {"y": y, "penalty": value, "x": gradient, **dict(zip(wanted, grads, strict=True))}
 
+        kept: list[Tensor] = []
+
+        def double() -> dict[str, Tensor]:
+            if not kept:
+                kept.extend((x, grad_y.detach().requires_grad_()))
+                y = model(x)
+                kept.extend(torch.autograd.grad(y, x, kept[1], create_graph=True))
+                kept.append(y.detach())
+            sources = {"x": kept[0], "grad_y": kept[1], **wanted}
+            # The gradient itself is the cotangent: of its squared norm, up to a factor.
+            grads = torch.autograd.grad(
+                kept[2], list(sources.values()), kept[2].detach(), retain_graph=True, materialize_grads=True
+            )
+            return {"y": kept[3], **{f"d_{n}": g for n, g in zip(sources, grads, strict=True)}}
+
         def context() -> Context:
             stack = contextlib.ExitStack()
             if self.backend is not None:
@@ -123,7 +138,7 @@ class BlockProvider:
                 stack.enter_context(torch.no_grad())
             return stack
 
-        return {"forward": forward, "train": train, "penalty": penalty}[mode], context
+        return {"forward": forward, "train": train, "penalty": penalty, "double": double}[mode], context
 
 
 def _common(name: str) -> str:

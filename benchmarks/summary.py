@@ -147,8 +147,8 @@ GAN_CLASSES: dict[str, Predicate] = {
 #: The promises about GAN blocks on a CPU with two cores.
 GAN_BARS: tuple[Bar, ...] = (
     Bar("batch norm and LeakyReLU, train: 2x stock", "train", _kind("norm"), _stock, 2.0),
-    Bar("batch norm and LeakyReLU, double backward: 6x stock", "penalty", _kind("norm"), _stock, 6.0),
-    Bar("convolution, double backward: 1.5x stock", "penalty", _kind("conv"), _stock, 1.5),
+    Bar("batch norm and LeakyReLU, double backward: 6x stock", "double", _kind("norm"), _stock, 6.0),
+    Bar("convolution, double backward: 1.5x stock", "double", _kind("conv"), _stock, 1.5),
     Bar(
         "WGAN-GP penalty step of a critic with batch norm: 1.8x stock",
         "penalty",
