@@ -190,6 +190,22 @@ def test_seeds(trainer):
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_sampling_leaves_the_training_alone(trainer):
+    run = trainer()
+    for _ in range(2):
+        run.train_step()
+    assert run.ema.updates == 2
+    before = leaves({name: part.state_dict() for name, part in run.parts().items()})
+    before = {name: value.clone() for name, value in before.items() if isinstance(value, torch.Tensor)}
+    drawn = run.random.get_state()
+    first, second = run.sample(5), run.sample(5)
+    assert torch.equal(first, second)
+    after = leaves({name: part.state_dict() for name, part in run.parts().items()})
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert torch.equal(drawn, run.random.get_state())
+    assert run.generator.training
+
+
 def test_an_epoch_shows_every_image_once(dcgan):
     args = dcgan.parse([*TINY, "--batch", "8"])
     images = torch.arange(35.0).reshape(35, 1, 1, 1)

@@ -59,7 +59,7 @@ def test_dcgan_64_is_the_papers():
 
 @pytest.mark.parametrize("norm", ["batch", None])
 def test_dcgan_is_torch_nns(norm):
-    """Checkpoints go both ways; outputs, gradients and an R1 penalty's gradients are torch.nn's in float64."""
+    """Checkpoints go both ways; outputs, gradients and gradients of penalties are torch.nn's in float64."""
     generator = gan.DCGANGenerator(16, 2, 4, 5).double()
     discriminator = gan.DCGANDiscriminator(16, 2, 4, norm=norm).double()
     twins = [mirror(model).double() for model in (generator, discriminator)]
@@ -71,7 +71,9 @@ def test_dcgan_is_torch_nns(norm):
     for g, d in ((generator, discriminator), twins):
         fake = g(z)
         logits = d(fake)
-        (gan.non_saturating_generator_loss(logits) + gan.r1_penalty(d, fake)).backward()
+        loss = gan.non_saturating_generator_loss(logits) + gan.r1_penalty(d, fake)
+        loss = loss + gan.wgan_gp_penalty(d, fake, -fake, generator=torch.Generator().manual_seed(0))
+        loss.backward()
         gradients = [p.grad for model in (g, d) for p in model.parameters()]
         results.append([fake.detach(), logits.detach().flatten(), *gradients])
     for ours, stock in zip(*results, strict=True):
@@ -154,6 +156,34 @@ def test_spectral_norm_reaches_every_weight():
     for layer in layers:
         sigma = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)
         assert float(sigma) == pytest.approx(1.0, abs=0.05)
+
+
+def test_penalties_with_spectral_norm():
+    """Against torch's own parametrizations, in float64."""
+    torch.manual_seed(1)
+    stock = gan.ResNetDiscriminator(8, 1, 3, spectral=False).double()
+    ours = gan.ResNetDiscriminator(8, 1, 3).double()
+    for module in list(stock.modules()):
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.utils.parametrizations.spectral_norm(module)
+    ours.load_state_dict(stock.state_dict())
+    images = torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    gradients = []
+    for model in (ours, stock):
+        loss = gan.hinge_discriminator_loss(model(images), model(-images)) + gan.r1_penalty(model, images)
+        (loss + gan.r2_penalty(model, -images)).backward()
+        gradients.append(
+            {
+                name.replace("parametrizations.weight.original", "weight_orig"): p.grad
+                for name, p in model.named_parameters()
+            }
+        )
+    first, second = gradients
+    assert first.keys() == second.keys()
+    # The longest sum: 4 images of 8x8 pixels in 9 taps of 3 channels.
+    bound = 4 * 64 * 9 * 3 * torch.finfo(torch.float64).eps
+    for name, gradient in second.items():
+        assert float((first[name] - gradient).abs().max()) <= bound * float(gradient.abs().max()), name
 
 
 def test_same_size_block():
