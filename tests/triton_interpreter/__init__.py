@@ -7,6 +7,7 @@ Triton's own interpreter runs kernels with NumPy when TRITON_INTERPRET=1 is set 
 * what the CUDA backend refuses, refused: tl.dot with an inner dimension below 16;
 * detection of out-of-bounds loads, stores and atomics, per tensor view: `OutOfBoundsError` instead of a corrupted heap;
 * programs that take turns at atomics, so that kernels which wait for each other run: see `program_order`;
+* sums of tiles as trees, as GPUs add, not one by one;
 * loops over run-time ranges with NumPy 2.4 and newer, autotuned kernels without a GPU, and cheaper nested @jit calls.
 
 It patches private names of Triton; it was written for 3.6.0. TF32 rounding is not modelled.

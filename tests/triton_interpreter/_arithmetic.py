@@ -80,6 +80,20 @@ def install() -> None:
         # Scalars are arrays of one element, which NumPy 2.4 no longer converts by itself.
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def tree_sum(self: Any, input: Any) -> Any:
+        """tl.sum as a tree, as GPUs add: NumPy's sum along a leading axis adds one by one, with larger errors."""
+        data = input.handle.data
+        axis = 0 if self.axis is None else self.axis
+        data = np.moveaxis(data.reshape(-1) if self.axis is None else data, axis, 0)
+        while len(data) > 1:  # sizes are powers of 2
+            data = data[: len(data) // 2] + data[len(data) // 2 :]
+        if self.axis is None:
+            result = data.reshape((1,) * input.handle.data.ndim if self.keep_dims else ())
+        else:
+            result = np.moveaxis(data, 0, axis) if self.keep_dims else data[0]
+        return self.to_tensor(result, input.dtype)
+
+    interpreter.ReduceOps.sum = tree_sum
     _Builder.create_dot = create_dot
     _Builder.binary_op = binary_op
     _Builder.cast_impl = cast_impl

@@ -55,6 +55,14 @@ def _sum_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _tile_sums_kernel(x_ptr, rows_ptr, cols_ptr, all_ptr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
+    tl.store(rows_ptr + tl.arange(0, BLOCK), tl.sum(x, axis=0))
+    tl.store(cols_ptr + tl.arange(0, BLOCK)[:, None], tl.sum(x, axis=1, keep_dims=True))
+    tl.store(all_ptr, tl.sum(x))
+
+
+@triton.jit
 def _relay_kernel(counter_ptr, data_ptr, out_ptr):
     """Every program writes a value, waits for all of them, and adds up what the others wrote."""
     programs = tl.num_programs(0)
@@ -137,3 +145,14 @@ def test_waiting_for_ever_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_programs, "MAX_RESUMPTIONS", 50)
     with pytest.raises(LivelockError, match="1 programs still wait"):
         _wait_kernel[(1,)](torch.zeros(1, dtype=torch.int32))
+
+
+def test_sums_are_trees() -> None:
+    """One large value among small ones, each below half of its last place: added one by one they all would be lost."""
+    x = torch.zeros(64, 64)
+    x[0], x[1:] = 2.0**24, 1.0
+    rows, cols, everything = torch.zeros(64), torch.zeros(64), torch.zeros(())
+    _tile_sums_kernel[(1,)](x, rows, cols, everything, BLOCK=64)
+    assert bool((rows > 2.0**24 + 40).all())
+    assert torch.equal(cols, x.sum(1))
+    torch.testing.assert_close(everything, x.sum(dtype=torch.float64).float(), rtol=1e-6, atol=0)
