@@ -298,6 +298,16 @@ def test_nothing_is_propagated_for_absent_gradients() -> None:
     assert model.bias.grad is None
 
 
+def test_nothing_is_computed_for_a_gradient_that_is_not_used() -> None:
+    """dx and dw were both taken, and dx alone is differentiated: the term of dw is absent, not zero."""
+    case = CASES["groups"]
+    x, w, b, dy, v_x, *_ = case.tensors(torch.float64)
+    _, dx, _, _ = first_order(functional, case, x, w, b, dy)
+    with Recorder() as recorder:
+        found = torch.autograd.grad(dx, (x, w, dy), v_x, allow_unused=True)
+    assert found[0] is None and recorder.masks == {WEIGHT_ALONE: 1} and recorder.forwards == 1
+
+
 @pytest.mark.parametrize("wanted", ["dy", "w", "x"])
 def test_second_order_computes_what_is_wanted(wanted: str) -> None:
     case = CASES["groups"]

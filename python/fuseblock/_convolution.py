@@ -39,13 +39,13 @@ class Geometry(NamedTuple):
 def with_second_order(y: Tensor) -> Tensor:
     """``y``, with the second derivative of this file if PyTorch's convolution has just made it, else as it is.
 
-    Under tracing, ``torch.compile`` and ``torch.func`` transforms, and for complex numbers, PyTorch's own derivative
-    stays.
+    Under tracing, ``torch.compile`` and ``torch.func`` transforms, and for complex numbers (which PyTorch composes of real
+    convolutions), PyTorch's own derivative stays.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return y
     node = y.grad_fn
-    if node is None or type(y) is not Tensor or y.is_complex() or torch._C._get_tracing_state() is not None:
+    if node is None or type(y) is not Tensor or torch._C._get_tracing_state() is not None:
         return y
     if node.name() != _NODE:
         node = node.next_functions[0][0]  # without a batch dimension: a squeeze comes after the convolution

@@ -46,8 +46,8 @@ def spectral_norm(
     other way, rename ``weight_orig`` to ``parametrizations.weight.original`` and ``weight_u``, ``weight_v`` to
     ``parametrizations.weight.0._u``, ``._v``.
 
-    Several processes: the power iteration depends on weights and buffers alone, and its bits not on the number of threads,
-    so ranks that begin with equal ones stay equal. `DistributedDataParallel` broadcasts both when it is built; with
+    Several processes: the power iteration depends on weights and buffers alone (in the compiled kernels its bits do not even
+    depend on the number of threads), so ranks that begin with equal ones stay equal. `DistributedDataParallel` broadcasts both when it is built; with
     ``broadcast_buffers=False`` it does not, and the ranks have to be seeded alike. The graph does not refer to the buffers,
     so that their broadcast in every forward does no harm to two forwards before one backward.
 
