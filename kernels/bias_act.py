@@ -1,7 +1,7 @@
 """y = clamp(gain act(x + b), -clamp, clamp) of dense x with `channels` channels, and its first and second derivatives.
 
 forward   z = x + b; keeps one or two bits an element where act is piecewise linear (reference/bias_act.py says which)
-backward  dz = dy gain act'(z) where the clamp lets pass, from the bits or from x; db = sum dz; prelu: da = sum dy gain min(z, 0)
+backward  dz = dy gain act'(z) where the clamp lets pass, by bits or x; db = sum dz; prelu: da = sum dy gain min(z,0)
 second    q = v + v_b:  a_dy = q gain act'(z) [+ v_a gain min(z, 0)];  a_z = q dy gain act''(z)  [prelu: v_a dy gain, z <= 0]
 Element i belongs to channel (i // inner) % channels: inner pixels, or 1 with the channels last (constexpr CHANNELS_LAST).
 Mathematics in float32 (float64 for double); constants are constexpr, since float arguments would be float32. NaN travels.
@@ -13,6 +13,15 @@ import triton
 import triton.language as tl
 
 from .pointwise import LEAKY_RELU, PRELU, RELU, act, act_grad, act_grad_grad
+
+
+@triton.jit
+def _program(axis: tl.constexpr, INDEX64: tl.constexpr):
+    """The program's number, in the type of offsets."""
+    if INDEX64:
+        return tl.program_id(axis).to(tl.int64)
+    else:
+        return tl.program_id(axis)
 
 
 @triton.jit
@@ -51,7 +60,7 @@ def _through_mask(
 ):
     """G times the derivative that the bits tell."""
     if ACT == LEAKY_RELU:
-        result = g * tl.where(_bit(mask_ptr, offset, valid), GAIN, GAIN * SLOPE).to(g.dtype)
+        result = tl.where(_bit(mask_ptr, offset, valid), g * GAIN, g * (GAIN * SLOPE))
         if CLAMPED:
             result = tl.where(_bit(mask_ptr + plane_bytes, offset, valid), result, 0.0)
     elif ACT == RELU or CLAMPED:
@@ -71,7 +80,7 @@ def _parameter(ptr, channel, valid, SHAPE_OF, DTYPE: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["count", "plane_bytes"],
+    do_not_specialize=["plane_bytes"],  # a count of whole vectors makes wide accesses
     do_not_specialize_on_alignment=["bias_ptr", "slope_ptr", "mask_ptr"],
 )
 def bias_act_fwd_kernel(
@@ -90,19 +99,17 @@ def bias_act_fwd_kernel(
     CLAMPED: tl.constexpr,
     CLAMP: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    INDEX: tl.constexpr,
+    INDEX64: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Forward over BLOCK elements, which are BLOCK / 8 bytes of each plane."""
-    byte = tl.program_id(0).to(INDEX) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    byte = _program(0, INDEX64) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
     offset = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
     valid = offset < count
     x = tl.load(x_ptr + offset, mask=valid, other=0.0).to(DTYPE)
-    if CHANNELS_LAST:
-        channel = offset % channels
-    else:
-        channel = (offset // inner) % channels
+    row = offset if CHANNELS_LAST else offset // inner
+    channel = row % channels
     z = x + _parameter(bias_ptr, channel, valid, x, DTYPE)
     if ACT == PRELU:
         scaled = act(z, _parameter(slope_ptr, channel, valid, x, DTYPE), ACT) * GAIN
@@ -133,22 +140,23 @@ def _tile(
     inner,
     m,
     CHANNELS_LAST: tl.constexpr,
-    INDEX: tl.constexpr,
+    INDEX64: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """(channel (1, BLOCK_C), offset and valid (BLOCK_M, BLOCK_C)) of pixels m, counted over the images."""
-    channel = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(INDEX)[None, :]
+    channel = (_program(0, INDEX64) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     pixel = m[:, None]
     if CHANNELS_LAST:
         offset = pixel * channels + channel
     else:
-        offset = ((pixel // inner) * channels + channel) * inner + pixel % inner
+        row = (pixel // inner) * channels + channel
+        offset = row * inner + pixel % inner
     return channel, offset, (pixel < m_count) & (channel < channels)
 
 
 @triton.jit
 def _store_sums(sums_ptr, kind, total, channels, BLOCK_C: tl.constexpr):
-    """This program's sums (BLOCK_C,) of one kind."""
+    """Write a program's sums (BLOCK_C,) of one kind."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     row = kind * tl.num_programs(1) + tl.program_id(1)
     tl.store(sums_ptr + row * channels + channel, total, mask=channel < channels)
@@ -177,7 +185,7 @@ def bias_act_bwd_kernel(
     CLAMPED: tl.constexpr,
     CLAMP: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    INDEX: tl.constexpr,
+    INDEX64: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -186,9 +194,9 @@ def bias_act_bwd_kernel(
     dz_sum = tl.zeros((BLOCK_M, BLOCK_C), DTYPE)
     slope_sum = tl.zeros((BLOCK_M, BLOCK_C), DTYPE)
     for tile in range(0, tiles):
-        start = (tl.program_id(1).to(INDEX) * tiles + tile) * BLOCK_M
+        start = (_program(1, INDEX64) * tiles + tile) * BLOCK_M
         m = start + tl.arange(0, BLOCK_M)
-        channel, offset, valid = _tile(m_count, channels, inner, m, CHANNELS_LAST, INDEX, BLOCK_C)
+        channel, offset, valid = _tile(m_count, channels, inner, m, CHANNELS_LAST, INDEX64, BLOCK_C)
         dy = tl.load(dy_ptr + offset, mask=valid, other=0.0).to(DTYPE)
         if x_ptr is None:
             dz = _through_mask(dy, mask_ptr, offset, valid, plane_bytes, ACT, SLOPE, GAIN, CLAMPED)
@@ -242,7 +250,7 @@ def bias_act_bwd_bwd_kernel(
     CLAMPED: tl.constexpr,
     CLAMP: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    INDEX: tl.constexpr,
+    INDEX64: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -251,9 +259,9 @@ def bias_act_bwd_bwd_kernel(
     a_z_sum = tl.zeros((BLOCK_M, BLOCK_C), DTYPE)
     slope_sum = tl.zeros((BLOCK_M, BLOCK_C), DTYPE)
     for tile in range(0, tiles):
-        start = (tl.program_id(1).to(INDEX) * tiles + tile) * BLOCK_M
+        start = (_program(1, INDEX64) * tiles + tile) * BLOCK_M
         m = start + tl.arange(0, BLOCK_M)
-        channel, offset, valid = _tile(m_count, channels, inner, m, CHANNELS_LAST, INDEX, BLOCK_C)
+        channel, offset, valid = _tile(m_count, channels, inner, m, CHANNELS_LAST, INDEX64, BLOCK_C)
         known = channel < channels
         q = tl.load(v_ptr + offset, mask=valid, other=0.0).to(DTYPE)
         q += _parameter(v_bias_ptr, channel, known, channel, DTYPE)

@@ -25,7 +25,7 @@ class Prepared {
   explicit Prepared(BiasActSite& site) : site_(site) {
     if (site.channels == 1) site.inner = std::max<int64_t>(site.count, 1);
     site.period = 0;
-    if (site.inner < kShortRun) {
+    if (site.count > 0 && site.inner < kShortRun) {
       const int64_t once = site.channels * site.inner;
       site.period = once * ((kShortRun + once - 1) / once);
     }

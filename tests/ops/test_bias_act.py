@@ -13,6 +13,7 @@ from torch import Tensor
 import fuseblock
 from fuseblock import functional, ops
 from fuseblock._activations import NAMES
+from fuseblock.reference.bias_act import per_channel
 
 from ..backends import Forced
 from .bounds import error_ratio, poisoned_outputs, relative_error, state_dtype
@@ -68,6 +69,8 @@ class Problem:
         self.activation, self.clamp, self.dtype, self.shape = activation, clamp, dtype, shape
         self.x, self.dy, self.v = image(), image(), image()
         self.bias, self.v_bias = normal(c), normal(c)
+        # PyTorch's second order of prelu takes z = 0 for positive, its first order for negative.
+        self.x += per_channel(self.bias, self.x).add(self.x) == 0
         self.slope = normal(c).abs() if activation == "prelu" else None
         self.v_slope = normal(c) if activation == "prelu" else None
         self.last = last and not self.x.is_contiguous()
@@ -224,7 +227,7 @@ def test_third_order(activation: str) -> None:
 
     def gradient(*leaves: Tensor) -> tuple[Tensor, ...]:
         y = run(*leaves)
-        return torch.autograd.grad(y, leaves, (y.detach() + 1).cos(), create_graph=True)
+        return torch.autograd.grad(y, leaves, (y + 1).cos(), create_graph=True)
 
     with fuseblock.backend("cpu"):
         assert torch.autograd.gradgradcheck(gradient, inputs, fast_mode=activation == "identity")
@@ -376,18 +379,20 @@ def _every_size() -> Iterator[None]:
 def test_transforms(activation: str) -> None:
     inputs, run = operands(Forced("cpu"), activation), called(activation, None)
     want = called_composite(activation)
-    args = [t.detach() for t in inputs]
-    for transform in (
-        lambda f: torch.func.grad(lambda x, b: f(x, b).square().sum(), argnums=(0, 1)),
-        lambda f: torch.func.hessian(lambda b: f(args[0], b).square().sum()),
-        lambda f: torch.func.vmap(
-            torch.func.grad(lambda b, x: f(x[None], b).square().sum()), in_dims=(None, 0)
-        ),
-        lambda f: lambda x, b: torch.func.jvp(f, (x, b), (x, b))[1],
-    ):
-        takes_bias = "hessian" in transform.__code__.co_names
-        order = [args[1]] if takes_bias else args[::-1] if "vmap" in transform.__code__.co_names else args
-        got, expected = transform(run)(*order), transform(want)(*order)
+    x, bias = (t.detach() for t in inputs)
+
+    def results(f: Callable[..., Tensor]) -> list[Tensor]:
+        def loss(x: Tensor, bias: Tensor) -> Tensor:
+            return f(x, bias).square().sum()
+
+        return [
+            *torch.func.grad(loss, argnums=(0, 1))(x, bias),
+            torch.func.hessian(loss, argnums=1)(x, bias),
+            torch.func.vmap(lambda x: torch.func.grad(loss, argnums=1)(x[None], bias))(x),
+            torch.func.jvp(f, (x, bias), (bias.view(1, -1, 1, 1) * x, bias))[1],
+        ]
+
+    for got, expected in zip(results(run), results(want), strict=True):
         torch.testing.assert_close(got, expected)
 
 

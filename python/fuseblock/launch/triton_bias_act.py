@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from fuseblock.kernels.bias_act import bias_act_bwd_bwd_kernel, bias_act_bwd_kernel, bias_act_fwd_kernel
@@ -17,8 +16,10 @@ from ..dispatch import Candidate
 from ..reference.bias_act import PRELU, keeps_x, planes
 from . import _triton
 
-#: Elements of a tile: 8 a thread with 4 warps.
+#: Elements of a tile.
 TILE = 1024
+#: Warps of the forward, whose threads own 8 elements, and of the derivatives, which would spill with so many.
+FORWARD_WARPS, WARPS = 4, 8
 #: Programs of a kernel that sums, about: a few waves of blocks on every GPU, and few partial sums.
 PROGRAMS = 1024
 
@@ -74,7 +75,7 @@ class _Site:
             "CLAMP": self.clamp if clamped else 0.0,
             "CHANNELS_LAST": self.channels_last,
             # Offsets of a tile's dead elements count, too.
-            "INDEX": tl.int32 if self.x.numel() < 2**31 - 2**24 else tl.int64,
+            "INDEX64": self.x.numel() >= 2**31 - 2**24,
             "DTYPE": _triton.math_dtype(self.x),
         }
 
@@ -125,6 +126,7 @@ def bias_act(
                 site.plane_bytes,
                 **site.constants(),
                 BLOCK=block,
+                num_warps=FORWARD_WARPS,
             )
     return y, mask
 
@@ -148,6 +150,7 @@ def _launch_with_sums(
             **site.constants(),
             BLOCK_M=block_m,
             BLOCK_C=block_c,
+            num_warps=WARPS,
         )
     return [kind.sum(0) for kind in sums]
 

@@ -168,7 +168,7 @@ def _from_x(
         t = torch.tanh(z)
         dz = g * (1 - t * t)
     else:
-        dz = g * torch.exp(below)
+        dz = g * torch.exp(torch.where(z < 0, z, 0))  # whose derivative at 0 is 0, as in PyTorch
     return dz, sum_to_channels(dz), dz.new_empty(0)
 
 
