@@ -82,6 +82,13 @@ SOURCES = [
     Source(
         "python/fuseblock/_ragged.py", "python", (("tests/test_ragged.py",), ("tests/nn/test_lengths.py",))
     ),
+    Source(
+        "python/fuseblock/_convolution.py",
+        "python",
+        (("tests/test_convolution.py",), ("tests/nn/test_conv.py",)),
+    ),
+    Source("python/fuseblock/functional/_spectral.py", "python", (("tests/test_spectral_norm.py",),)),
+    Source("python/fuseblock/nn/spectral_norm.py", "python", (("tests/test_spectral_norm.py",),)),
     Source("csrc/math/activations.h", "cpu", _CPU_GATES),
     Source("csrc/cpu/gates_kernels.h", "cpu", _CPU_GATES + _CPU_RECURRENCE),
     Source("csrc/cpu/recurrence_fwd.h", "cpu", _CPU_RECURRENCE, _THREADS),

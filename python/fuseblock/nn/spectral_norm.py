@@ -47,9 +47,9 @@ def spectral_norm(
     ``parametrizations.weight.0._u``, ``._v``.
 
     Several processes: the power iteration depends on weights and buffers alone (in the compiled kernels its bits do not even
-    depend on the number of threads), so ranks that begin with equal ones stay equal. `DistributedDataParallel` broadcasts both when it is built; with
-    ``broadcast_buffers=False`` it does not, and the ranks have to be seeded alike. The graph does not refer to the buffers,
-    so that their broadcast in every forward does no harm to two forwards before one backward.
+    depend on the number of threads), so ranks that begin with equal ones stay equal. `DistributedDataParallel` broadcasts
+    both when it is built; with ``broadcast_buffers=False`` it does not, and the ranks have to be seeded alike. The graph
+    does not refer to the buffers, so that their broadcast in every forward does no harm to two forwards before one backward.
 
     Args:
         model: any module; wrappers (`DistributedDataParallel`) go around it afterwards.
