@@ -15,7 +15,9 @@ from ..reference.conv_stats import conv2d_stats_reference, conv_transpose2d_subp
 __all__ = ["conv2d_stats", "conv_transpose2d_subpixel"]
 
 
-def _run(op: DifferentiableOp, check: Any, reference: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _run(
+    op: DifferentiableOp, check: Any, reference: Any, args: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
     if dispatch.forced() == "reference" or (
         dispatch.forced() == "auto" and not torch.compiler.is_compiling() and forward_mode_active()
     ):
@@ -60,7 +62,9 @@ def conv2d_stats(
         fuseblock.BackendError: the forced backend cannot run these tensors.
     """
     pairs = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding)]
-    return _run(ops.conv2d_stats, ops.check_conv2d_stats, conv2d_stats_reference, (input, weight, bias, *pairs))
+    return _run(
+        ops.conv2d_stats, ops.check_conv2d_stats, conv2d_stats_reference, (input, weight, bias, *pairs)
+    )
 
 
 def conv_transpose2d_subpixel(

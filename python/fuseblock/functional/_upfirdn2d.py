@@ -38,7 +38,9 @@ def _padding(value: int | Sequence[int]) -> tuple[int, int, int, int]:
 def _sequence(value: Sequence[int], name: str, lengths: tuple[int, ...]) -> list[int]:
     values = list(value)
     if len(values) not in lengths:
-        raise ValueError(f"upfirdn2d: expected {name} as 1 or {' or '.join(map(str, lengths))} numbers, got {value}")
+        raise ValueError(
+            f"upfirdn2d: expected {name} as 1 or {' or '.join(map(str, lengths))} numbers, got {value}"
+        )
     return values
 
 
@@ -112,7 +114,9 @@ def upfirdn2d(
     if f is None:
         return _run(x, x.new_ones(1, 1), ups, downs, pads, flip_filter, gain)
     if f.requires_grad and torch.is_grad_enabled():
-        raise ValueError("upfirdn2d: the filter requires a gradient, which is not implemented: pass f.detach()")
+        raise ValueError(
+            "upfirdn2d: the filter requires a gradient, which is not implemented: pass f.detach()"
+        )
     if f.dim() == 2:
         return _run(x, f, ups, downs, pads, flip_filter, gain)
     if up_x > 0 and up_y > 0 and -(-taps_x // up_x) * -(-taps_y // up_y) <= _ONE_PASS_TAPS:

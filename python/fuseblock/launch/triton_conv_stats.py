@@ -41,22 +41,25 @@ class Blocks:
 
     @property
     def options(self) -> dict[str, int]:
-        """Compiler options: more than 4 warps are no safe choice for loops like these (pytorch/pytorch#173068)."""
-        return {"num_warps": 4, "num_stages": self.num_stages}
+        """Compiler options: more than 4 warps are no safe choice for loops like these (pytorch/pytorch#173068).
+
+        Without a limit ptxas saves registers for further blocks, at the price of a few spills.
+        """
+        return {"num_warps": 4, "num_stages": self.num_stages, "maxnreg": 255}
 
 
-def gpu_blocks(dtype: torch.dtype, precision: str) -> Blocks:
+def gpu_blocks(dtype: torch.dtype, precision: str, accumulators: int) -> Blocks:
     """Tiles for a GPU: tensor cores take 16-bit and TF32 products; others are smaller for want of registers."""
-    if dtype == torch.float64:
-        return Blocks(32, 32, 16, 2)
-    if dtype == torch.float32:
-        return Blocks(64, 64, 32, 2) if precision == "tf32" else Blocks(32, 32, 16, 2)
-    return Blocks(64, 64, 32, 3)
+    if dtype.itemsize > 2 and precision != "tf32":
+        return Blocks(32, 32 // accumulators, 16, 2)
+    return Blocks(64, 64 // accumulators, 32, 3 if dtype.itemsize == 2 else 2)
 
 
-def _blocks(x: Tensor, pixels: int, channels: int, out_channels: int, precision: str) -> Blocks:
+def _blocks(
+    x: Tensor, pixels: int, channels: int, out_channels: int, precision: str, accumulators: int
+) -> Blocks:
     if not _triton.INTERPRETED:
-        return gpu_blocks(x.dtype, precision)
+        return gpu_blocks(x.dtype, precision, accumulators)
     # The interpreter's time is that of the number of programs.
     sizes = (triton.next_power_of_2(n) for n in (pixels, out_channels, channels))
     m, n, k = (min(max(size, 16), 4096) for size in sizes)
@@ -87,7 +90,9 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     return (Candidate("triton", globals()[op], why_not, devices=_triton.DEVICES),)
 
 
-def _combine(partial: Tensor, blocks: int, pixels: int, block_pixels: int, values: int) -> tuple[Tensor, Tensor]:
+def _combine(
+    partial: Tensor, blocks: int, pixels: int, block_pixels: int, values: int
+) -> tuple[Tensor, Tensor]:
     """Mean and biased variance from partials (2, rows, channels) of blocks of pixels, each of so many values."""
     _, rows, channels = partial.shape
     mean, var = partial.new_empty(channels), partial.new_empty(channels)
@@ -121,7 +126,7 @@ def conv2d_stats(
     )
     pixels = n * out_h * out_w
     precision = precision_of(x.dtype)
-    blocks = _blocks(x, pixels, channels, out_channels, precision)
+    blocks = _blocks(x, pixels, channels, out_channels, precision, 1)
     rows = triton.cdiv(pixels, blocks.m)
     y, partial = _outputs(x, (n, out_channels, out_h, out_w), rows)
     with torch.cuda.device_of(x):
@@ -134,7 +139,9 @@ def conv2d_stats(
         return y, *_combine(partial, rows, pixels, blocks.m, 1)
 
 
-def conv_transpose2d_subpixel(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def conv_transpose2d_subpixel(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Op `conv_transpose2d_subpixel`: (y, mean, var)."""
     channels, out_channels = weight.shape[:2]
     layout = memory_format_of(x)
@@ -142,7 +149,7 @@ def conv_transpose2d_subpixel(x: Tensor, weight: Tensor, bias: Tensor | None) ->
     n, _, h, w = x.shape
     pixels = n * h * w
     precision = precision_of(x.dtype)
-    blocks = _blocks(x, pixels, channels, out_channels, precision)
+    blocks = _blocks(x, pixels, channels, out_channels, precision, 2)
     rows = triton.cdiv(pixels, blocks.m)
     y, partial = _outputs(x, (n, out_channels, 2 * h, 2 * w), 2 * rows)
     with torch.cuda.device_of(x):

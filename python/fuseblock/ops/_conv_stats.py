@@ -20,7 +20,9 @@ from .._convolution import Geometry
 from .._library import state_dtype
 
 
-def check_tensors(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, channels: int, out_channels: int) -> None:
+def check_tensors(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, channels: int, out_channels: int
+) -> None:
     """Raise ValueError or TypeError where x (N, channels, H, W), weight and bias (out_channels,) do not fit together."""
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(f"{op}: expected x of shape (N, {channels}, H, W), got {tuple(x.shape)}")
@@ -52,7 +54,9 @@ def _wanted(ctx: Any) -> list[bool]:
         return list(ctx.needs_input_grad[:3])
 
 
-def _total(dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, y: Tensor, mean: Tensor) -> Tensor | None:
+def _total(
+    dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, y: Tensor, mean: Tensor
+) -> Tensor | None:
     """dy' of this file's equations."""
     if dmean is None and dvar is None:
         return dy
@@ -67,7 +71,9 @@ def _total(dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, y: Tens
     return term.to(y.dtype) if dy is None else dy + term.to(y.dtype)
 
 
-def backward(ctx: Any, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None) -> tuple[Tensor | None, ...]:
+def backward(
+    ctx: Any, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """(dx, dweight, dbias)."""
     x, weight, y, mean = ctx.saved_tensors
     total = _total(dy, dmean, dvar, y, mean)

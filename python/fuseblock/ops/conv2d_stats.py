@@ -24,14 +24,18 @@ dispatch.register(
 )
 
 
-def check(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]) -> tuple[int, ...]:
+def check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]
+) -> tuple[int, ...]:
     """The shape of y; raises ValueError or TypeError when the arguments do not fit together."""
     if weight.dim() != 4:
         raise ValueError(f"conv2d_stats: expected weight of shape (O, C, KH, KW), got {tuple(weight.shape)}")
     _conv_stats.check_tensors("conv2d_stats", x, weight, bias, weight.shape[1], weight.shape[0])
     for name, pair, least in (("stride", stride, 1), ("padding", padding, 0)):
         if len(pair) != 2 or min(pair) < least:
-            raise ValueError(f"conv2d_stats: expected {name} as two numbers of at least {least}, got {list(pair)}")
+            raise ValueError(
+                f"conv2d_stats: expected {name} as two numbers of at least {least}, got {list(pair)}"
+            )
     sizes = tuple(
         (size + 2 * pad - taps) // step + 1
         for size, pad, taps, step in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)
