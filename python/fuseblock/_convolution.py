@@ -115,16 +115,12 @@ class _Gradients(torch.autograd.Function):
         a_dy = a_x = a_w = None
         if for_x and v_w is not None:
             a_x = _convolution_backward(dy, x, v_w, geometry, _INPUT)[0]
-        relaid = v_x is not None and _channels_last_is_faster(v_x, w, geometry)
-        if v_x is not None and relaid:
-            v_x = v_x.contiguous(memory_format=torch.channels_last)
         if for_w and v_x is not None:
-            g = dy.contiguous(memory_format=torch.channels_last) if relaid else dy
-            a_w = _convolution_backward(g, v_x, w, geometry, _WEIGHT)[1]
+            g, v = _for_weight_gradient(dy, v_x, w, geometry)
+            a_w = _convolution_backward(g, v, w, geometry, _WEIGHT)[1]
         if for_dy:
             if v_x is not None:
                 a_dy = convolution(v_x, w, v_b, geometry)
-                a_dy = a_dy.contiguous() if relaid and dy.is_contiguous() else a_dy
             if v_w is not None:
                 term = convolution(x, v_w, v_b if v_x is None else None, geometry)
                 a_dy = term if a_dy is None else a_dy + term
@@ -147,15 +143,17 @@ def _wanted(ctx: Any) -> list[bool]:
         return list(ctx.needs_input_grad[:3])  # no engine that could be asked: compute all
 
 
-def _channels_last_is_faster(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
-    """Whether copies into channels-last pay.
+def _for_weight_gradient(dy: Tensor, x: Tensor, w: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """dy and x in the layout in which the weight gradient is fast.
 
     On a CPU, oneDNN has no good contiguous kernel for groups whose channels do not fill its blocks of eight; its
-    channels-last kernels and the copies take a half to a twentieth of the time.
+    channels-last kernel and two copies take a half to a twentieth of the time.
     """
     per_group = (w.shape[0] // geometry.groups, w.shape[1])
     aligned = per_group == (1, 1) or all(channels % 8 == 0 for channels in per_group)
-    return geometry.groups > 1 and not aligned and x.device.type == "cpu" and x.dim() == 4
+    if geometry.groups > 1 and not aligned and dy.device.type == "cpu" and dy.dim() == 4:
+        dy, x = (z.contiguous(memory_format=torch.channels_last) for z in (dy, x))
+    return dy, x
 
 
 def convolution(x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
