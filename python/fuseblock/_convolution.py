@@ -144,7 +144,7 @@ def _wanted(ctx: Any) -> list[bool]:
 
 
 def _for_weight_gradient(dy: Tensor, x: Tensor, w: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """dy and x in the layout in which the weight gradient is fast.
+    """The gradient dy and x in the layout in which the weight gradient is fast.
 
     On a CPU, oneDNN has no good contiguous kernel for groups whose channels do not fill its blocks of eight; its
     channels-last kernel and two copies take a half to a twentieth of the time.
