@@ -113,6 +113,40 @@ def test_resnet_shapes(size):
     assert discriminator(images).shape == (2,)
 
 
+def test_resnet_ends():
+    """Before and behind the residual blocks, in torch.nn.functional's words."""
+    generator = gan.ResNetGenerator(8, 2, 4, 7).eval()
+    discriminator = gan.ResNetDiscriminator(8, 2, 4, spectral=False)
+    with torch.no_grad():
+        for p in (generator.norm.weight, generator.norm.bias, generator.norm.running_mean):
+            p.normal_()
+        z = torch.randn(3, 7)
+        norm, conv = generator.norm, generator.conv
+        start = nn.functional.linear(z, generator.linear.weight, generator.linear.bias).reshape(3, 4, 4, 4)
+        hidden = nn.functional.batch_norm(
+            generator.blocks(start), norm.running_mean, norm.running_var, norm.weight, norm.bias
+        )
+        images = torch.tanh(nn.functional.conv2d(hidden.relu(), conv.weight, conv.bias, padding=1))
+        torch.testing.assert_close(generator(z), images)
+        pooled = discriminator.blocks(images).relu().sum((2, 3))
+        torch.testing.assert_close(discriminator(images), discriminator.linear(pooled).flatten())
+
+
+def test_dcgan_norms():
+    for norm, kind, count in (
+        ("batch", nn.BatchNorm2d, 2),
+        ("instance", nn.InstanceNorm2d, 2),
+        (None, None, 0),
+    ):
+        discriminator = gan.DCGANDiscriminator(32, 1, 2, norm=norm)
+        found = [m for m in discriminator.modules() if isinstance(m, nn.BatchNorm2d | nn.InstanceNorm2d)]
+        assert len(found) == count and all(isinstance(m, kind) for m in found)
+    with pytest.raises(ValueError, match="norm"):
+        gan.DCGANDiscriminator(32, 1, 2, norm="layer")
+    norms = [m for m in gan.DCGANGenerator(32, 1, 2).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 3
+
+
 def test_resnet_channels_are_the_papers():
     """Tables 4 and 5 of SNGAN, at 32 and 128 pixels (the latter's widths divided by 16)."""
     blocks = gan.ResNetDiscriminator(32, spectral=False).blocks
