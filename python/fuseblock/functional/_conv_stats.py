@@ -32,6 +32,13 @@ def _run(
     return y, mean, var
 
 
+def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    if len(values) != 2:
+        raise ValueError(f"conv2d_stats: expected {name} as one number or two, got {value}")
+    return values
+
+
 def conv2d_stats(
     input: Tensor,
     weight: Tensor,
@@ -61,9 +68,9 @@ def conv2d_stats(
         ValueError, TypeError: shapes, dtypes or devices do not fit, or there are no values to take statistics of.
         fuseblock.BackendError: the forced backend cannot run these tensors.
     """
-    pairs = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding)]
+    geometry = (*_pair(stride, "stride"), *_pair(padding, "padding"))
     return _run(
-        ops.conv2d_stats, ops.check_conv2d_stats, conv2d_stats_reference, (input, weight, bias, *pairs)
+        ops.conv2d_stats, ops.check_conv2d_stats, conv2d_stats_reference, (input, weight, bias, *geometry)
     )
 
 

@@ -113,7 +113,7 @@ def _outputs(x: Tensor, shape: tuple[int, ...], rows: int) -> tuple[Tensor, Tens
 
 
 def conv2d_stats(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride_y: int, stride_x: int, pad_y: int, pad_x: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Op `conv2d_stats`: (y, mean, var)."""
     out_channels, channels, taps_y, taps_x = weight.shape
@@ -122,7 +122,7 @@ def conv2d_stats(
     n, _, h, w = x.shape
     out_h, out_w = (
         (size + 2 * pad - taps) // step + 1
-        for size, pad, taps, step in zip((h, w), padding, (taps_y, taps_x), stride, strict=True)
+        for size, pad, taps, step in zip((h, w), (pad_y, pad_x), (taps_y, taps_x), (stride_y, stride_x), strict=True)
     )
     pixels = n * out_h * out_w
     precision = precision_of(x.dtype)
@@ -132,7 +132,7 @@ def conv2d_stats(
     with torch.cuda.device_of(x):
         conv2d_stats_fwd_kernel[(rows, triton.cdiv(out_channels, blocks.n))](
             x, weight.permute(2, 3, 1, 0).contiguous(), None if bias is None else bias.contiguous(), y, partial,
-            pixels, channels, h, w, out_channels, out_h, out_w, *stride, *padding,
+            pixels, channels, h, w, out_channels, out_h, out_w, stride_y, stride_x, pad_y, pad_x,
             KH=taps_y, KW=taps_x, CHANNELS_LAST=layout == torch.channels_last, DTYPE=_triton.math_dtype(x),
             PRECISION=precision, **blocks.constants, **blocks.options,
         )  # fmt: skip

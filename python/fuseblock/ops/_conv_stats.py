@@ -49,7 +49,7 @@ def setup_context(ctx: Any, x: Tensor, weight: Tensor, outputs: Sequence[Tensor]
 def _wanted(ctx: Any) -> list[bool]:
     """Which of x, weight, bias the running backward wants a gradient of; all that need one if it cannot be asked."""
     try:
-        return _convolution._wanted(ctx)
+        return [*_convolution._wanted(ctx), False][:3]  # an absent bias has no node
     except AttributeError:  # contexts of torch.func transforms and of tracing
         return list(ctx.needs_input_grad[:3])
 
@@ -63,7 +63,7 @@ def _total(
     count = y.numel() // y.shape[1]
     term: Tensor | None = None
     if dvar is not None:
-        term = (y.to(state_dtype(y.dtype)) - mean[:, None, None]) * (dvar * (2 / count))[:, None, None]
+        term = (y.to(state_dtype(y.dtype)) - mean[:, None, None]) * (2 * dvar / count)[:, None, None]
     if dmean is not None:
         shift = (dmean / count)[:, None, None]
         term = shift.expand_as(y) if term is None else term + shift

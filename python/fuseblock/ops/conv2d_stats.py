@@ -25,17 +25,16 @@ dispatch.register(
 
 
 def check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride_y: int, stride_x: int, pad_y: int, pad_x: int
 ) -> tuple[int, ...]:
     """The shape of y; raises ValueError or TypeError when the arguments do not fit together."""
     if weight.dim() != 4:
         raise ValueError(f"conv2d_stats: expected weight of shape (O, C, KH, KW), got {tuple(weight.shape)}")
     _conv_stats.check_tensors("conv2d_stats", x, weight, bias, weight.shape[1], weight.shape[0])
+    stride, padding = (stride_y, stride_x), (pad_y, pad_x)
     for name, pair, least in (("stride", stride, 1), ("padding", padding, 0)):
-        if len(pair) != 2 or min(pair) < least:
-            raise ValueError(
-                f"conv2d_stats: expected {name} as two numbers of at least {least}, got {list(pair)}"
-            )
+        if min(pair) < least:
+            raise ValueError(f"conv2d_stats: expected {name} of at least {least}, got {pair}")
     sizes = tuple(
         (size + 2 * pad - taps) // step + 1
         for size, pad, taps, step in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)
@@ -57,17 +56,18 @@ def _fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, _, stride, padding = inputs
-    geometry = Geometry(tuple(stride), tuple(padding), (1, 1), False, (0, 0), 1)
+    x, weight, _, stride_y, stride_x, pad_y, pad_x = inputs
+    geometry = Geometry((stride_y, stride_x), (pad_y, pad_x), (1, 1), False, (0, 0), 1)
     _conv_stats.setup_context(ctx, x, weight, output, geometry)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> Any:
-    return *_conv_stats.backward(ctx, *grads), None, None
+    return *_conv_stats.backward(ctx, *grads), None, None, None, None
 
 
 conv2d_stats: DifferentiableOp = DifferentiableOp(
-    "conv2d_stats(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding) -> (Tensor, Tensor, Tensor)",
+    "conv2d_stats(Tensor x, Tensor weight, Tensor? bias, int stride_y, int stride_x, int pad_y, int pad_x)"
+    " -> (Tensor, Tensor, Tensor)",
     impl=_impl,
     fake=_fake,
     setup_context=_setup,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,10 +17,10 @@ def _with_stats(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def conv2d_stats_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride_y: int, stride_x: int, pad_y: int, pad_x: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (N, O, OH, OW) = x (N, C, H, W) * weight (O, C, KH, KW) + bias; mean and biased variance (O,) of y."""
-    return _with_stats(F.conv2d(x, weight, bias, stride, padding), x)
+    return _with_stats(F.conv2d(x, weight, bias, (stride_y, stride_x), (pad_y, pad_x)), x)
 
 
 def conv_transpose2d_subpixel_reference(
