@@ -70,7 +70,8 @@ def conv2d_stats_fwd_kernel(
             w_tap = w_ptr + (i * KW + j) * channels * out_channels
             for first in range(0, channels, BLOCK_K):
                 c = first + k
-                x = tl.load(x_row[:, None] + (c * step)[None, :], mask=hit[:, None] & (c < channels)[None, :], other=0.0)
+                mask = hit[:, None] & (c < channels)[None, :]
+                x = tl.load(x_row[:, None] + (c * step)[None, :], mask=mask, other=0.0)
                 w = tl.load(
                     w_tap + c[:, None] * out_channels + o[None, :],
                     mask=(c < channels)[:, None] & (o < out_channels)[None, :],

@@ -14,16 +14,17 @@ from .conv2d_stats import store_partial
 
 
 @triton.jit
-def _tap(x_row, column, width, hit, pixel, c, step, channels, w_ptr, o, out_channels, acc, PRECISION: tl.constexpr):
-    """acc + x[row, column] @ w[tap]."""
+def _pixels(row_ptrs, column, width, pixel, hit, c, step, channels):
+    """Channels c of one pixel for each pointer to a row: (BLOCK_M, BLOCK_K)."""
     mask = (hit & (column >= 0) & (column < width))[:, None] & (c < channels)[None, :]
-    x = tl.load((x_row + column * pixel)[:, None] + (c * step)[None, :], mask=mask, other=0.0)
-    w = tl.load(
-        w_ptr + c[:, None] * out_channels + o[None, :],
-        mask=(c < channels)[:, None] & (o < out_channels)[None, :],
-        other=0.0,
-    )
-    return tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    return tl.load((row_ptrs + column * pixel)[:, None] + (c * step)[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _weights(tap_ptr, c, channels, o, out_channels):
+    """One tap's (BLOCK_K, BLOCK_N)."""
+    mask = (c < channels)[:, None] & (o < out_channels)[None, :]
+    return tl.load(tap_ptr + c[:, None] * out_channels + o[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -67,12 +68,17 @@ def conv_transpose2d_subpixel_fwd_kernel(
         x_row = images + row * width * pixel
         for first in range(0, channels, BLOCK_K):
             c = first + k
-            even = _tap(x_row, j, width, hit, pixel, c, step, channels, w_row + tap, o, out_channels, even, PRECISION)
-            even = _tap(
-                x_row, j - 1, width, hit, pixel, c, step, channels, w_row + 3 * tap, o, out_channels, even, PRECISION
-            )
-            odd = _tap(x_row, j, width, hit, pixel, c, step, channels, w_row + 2 * tap, o, out_channels, odd, PRECISION)
-            odd = _tap(x_row, j + 1, width, hit, pixel, c, step, channels, w_row, o, out_channels, odd, PRECISION)
+            middle = _pixels(x_row, j, width, pixel, hit, c, step, channels)
+            w = _weights(w_row + tap, c, channels, o, out_channels)
+            even = tl.dot(middle, w, even, input_precision=PRECISION, out_dtype=DTYPE)
+            w = _weights(w_row + 2 * tap, c, channels, o, out_channels)
+            odd = tl.dot(middle, w, odd, input_precision=PRECISION, out_dtype=DTYPE)
+            left = _pixels(x_row, j - 1, width, pixel, hit, c, step, channels)
+            w = _weights(w_row + 3 * tap, c, channels, o, out_channels)
+            even = tl.dot(left, w, even, input_precision=PRECISION, out_dtype=DTYPE)
+            right = _pixels(x_row, j + 1, width, pixel, hit, c, step, channels)
+            w = _weights(w_row, c, channels, o, out_channels)
+            odd = tl.dot(right, w, odd, input_precision=PRECISION, out_dtype=DTYPE)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + o, mask=o < out_channels, other=0.0).to(DTYPE)
         even += bias[None, :]
@@ -94,7 +100,8 @@ def conv_transpose2d_subpixel_fwd_kernel(
         y_ptrs = y_ptr + (o * (4 * height * width))[:, None] + pair[None, :]
         tl.store(y_ptrs, both, mask=(o < out_channels)[:, None] & there[None, :])
 
-    even, odd = tl.where(inside[:, None], even_y.to(DTYPE), 0.0), tl.where(inside[:, None], odd_y.to(DTYPE), 0.0)
+    even = tl.where(inside[:, None], even_y.to(DTYPE), 0.0)
+    odd = tl.where(inside[:, None], odd_y.to(DTYPE), 0.0)
     mean = tl.sum(even + odd, 0) / (2 * tl.minimum(pixels - block * BLOCK_M, BLOCK_M)).to(DTYPE)
     even = tl.where(inside[:, None], even - mean[None, :], 0.0)
     odd = tl.where(inside[:, None], odd - mean[None, :], 0.0)

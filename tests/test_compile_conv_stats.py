@@ -50,7 +50,9 @@ def _conv_jobs(
     arch: int, dtype: torch.dtype, precision: str, taps: int, channels_last: bool, bias: bool
 ) -> Iterator[dict[str, Any]]:
     name = TRITON_NAME[dtype]
-    types = {p: f"*{name}" for p in ("x_ptr", "w_ptr", "bias_ptr", "y_ptr")} | {"partial_ptr": f"*{STATE[name]}"}
+    types = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "y_ptr"), f"*{name}") | {
+        "partial_ptr": f"*{STATE[name]}"
+    }
     constants = {"CHANNELS_LAST": channels_last, "DTYPE": STATE[name], "PRECISION": precision}
     if not bias:
         constants["bias_ptr"] = None
@@ -65,7 +67,7 @@ def _conv_jobs(
 
 
 def _combine_job(arch: int, state: str) -> dict[str, Any]:
-    types = {p: f"*{state}" for p in ("partial_ptr", "mean_ptr", "var_ptr")}
+    types = dict.fromkeys(("partial_ptr", "mean_ptr", "var_ptr"), f"*{state}")
     block_r, block_c = COMBINE_BLOCKS
     constants = {"BLOCK_PIXELS": 64, "VALUES": 2, "DTYPE": state, "BLOCK_R": block_r, "BLOCK_C": block_c}
     return _job(conv2d_stats, "combine_stats_kernel", arch, types, {}, **constants)
@@ -93,14 +95,17 @@ def _all_jobs() -> Iterator[dict[str, Any]]:
 def _check(jobs: list[dict[str, Any]], tmp_path: Path, record: Any) -> None:
     results = _compile(jobs, tmp_path)
     report = "\n".join(
-        f"{r['registers']:4} registers, stack {r['stack']}, shared {r['shared']:6}: {r['name']}" for r in results
+        f"{r['registers']:4} registers, stack {r['stack']}, shared {r['shared']:6}: {r['name']}"
+        for r in results
     )
     record("triton_resources", report)
     assert not [r["name"] for r in results if r["stack"] > 0], report
     for job, result in zip(jobs, results, strict=True):
         assert result["shared"] <= SHARED_LIMIT[job["arch"]], report
         if "PRECISION" in job["constants"]:
-            narrow = job["signature"]["x_ptr"] in ("*bf16", "*fp16") or job["constants"]["PRECISION"] == "tf32"
+            narrow = (
+                job["signature"]["x_ptr"] in ("*bf16", "*fp16") or job["constants"]["PRECISION"] == "tf32"
+            )
             assert result["tensor_cores"] or not narrow, f"no tensor cores: {result['name']}"
 
 

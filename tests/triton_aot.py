@@ -23,7 +23,7 @@ SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 
 
 def compile_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Compile one job; returns registers, stack, shared (bytes), whether 16-byte global accesses and matrix instructions occur.
+    """Compile one job; returns registers, stack, shared (bytes), whether 16-byte accesses and matrix instructions occur.
 
     A job has name, module, kernel, arch, signature (argument: Triton type, "constexpr"), constants (argument: value;
     "fp32" and the like name Triton types), divisible (arguments that are multiples of 16) and options (num_warps, ...).

@@ -58,7 +58,9 @@ def _format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def check_gradients(forced: Forced, ours: Convolution, stock: Convolution, x: Tensor, w: Tensor, b: Tensor) -> None:
+def check_gradients(
+    forced: Forced, ours: Convolution, stock: Convolution, x: Tensor, w: Tensor, b: Tensor
+) -> None:
     """First and second order by finite differences, third order against the plain composition."""
     leaves = tuple(t.double().requires_grad_() for t in (x, w, b))
 

@@ -52,7 +52,13 @@ def upsampled(x: Tensor, up: Any, padding: Any) -> Tensor:
 
 
 def by_definition(
-    x: Tensor, f: Tensor, up: Any = 1, down: Any = 1, padding: Any = 0, flip_filter: bool = False, gain: float = 1.0
+    x: Tensor,
+    f: Tensor,
+    up: Any = 1,
+    down: Any = 1,
+    padding: Any = 0,
+    flip_filter: bool = False,
+    gain: float = 1.0,
 ) -> Tensor:
     """Sums over windows."""
     dx, dy = pair(down)
@@ -61,7 +67,13 @@ def by_definition(
 
 
 def composite(
-    x: Tensor, f: Tensor, up: Any = 1, down: Any = 1, padding: Any = 0, flip_filter: bool = False, gain: float = 1.0
+    x: Tensor,
+    f: Tensor,
+    up: Any = 1,
+    down: Any = 1,
+    padding: Any = 0,
+    flip_filter: bool = False,
+    gain: float = 1.0,
 ) -> Tensor:
     """What PyTorch users write by hand, in the dtype of x."""
     u, (dx, dy), c = upsampled(x, up, padding), pair(down), x.shape[1]
@@ -106,7 +118,9 @@ def test_values(forced: Forced, case: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "taps"), [((1, 130, 13, 3), 12), ((1, 1, 3, 300), 4), ((2, 70, 3, 40), 4)], ids=["chunks", "wide", "groups"]
+    ("shape", "taps"),
+    [((1, 130, 13, 3), 12), ((1, 1, 3, 300), 4), ((2, 70, 3, 40), 4)],
+    ids=["chunks", "wide", "groups"],
 )
 def test_parts_of_large_images_on_a_cpu(shape: tuple[int, ...], taps: int) -> None:
     with available("cpu") as cpu:
@@ -181,7 +195,14 @@ def test_path_length_penalty(forced: Forced) -> None:
 
 def test_layouts_that_need_a_copy(forced: Forced) -> None:
     base, f = torch.randn(3, 4, 7, 6, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    for x in (base[:, 1:3], base[..., ::2], base.transpose(2, 3), base[:1].expand(3, -1, -1, -1), base[:0], base[:, :0]):
+    for x in (
+        base[:, 1:3],
+        base[..., ::2],
+        base.transpose(2, 3),
+        base[:1].expand(3, -1, -1, -1),
+        base[:0],
+        base[:, :0],
+    ):
         got = run(forced, x, f.t().contiguous().t(), 2, 1, 3)
         assert got.is_contiguous()
         torch.testing.assert_close(got, by_definition(x, f, 2, 1, 3), rtol=0, atol=1e-13)
@@ -215,7 +236,8 @@ def test_helpers_keep_their_sizes() -> None:
     constant = torch.ones(1, 1, 8, 8)
     f = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
     for helper in (functional.filter2d, functional.upsample2d, functional.downsample2d):
-        torch.testing.assert_close(helper(constant, f)[..., 2:-2, 2:-2], torch.ones_like(helper(constant, f))[..., 2:-2, 2:-2])
+        inner = helper(constant, f)[..., 2:-2, 2:-2]
+        torch.testing.assert_close(inner, torch.ones_like(inner))
     assert torch.equal(functional.upfirdn2d(x, None, down=2), x[..., ::2, ::2])
     assert torch.equal(functional.upsample2d(x, None)[..., ::2, ::2], 4 * x) or torch.equal(
         functional.upsample2d(x, None)[..., 1::2, 1::2], 4 * x
@@ -263,7 +285,9 @@ def test_transforms() -> None:
         return composite(x, f, 2, 1, 1).pow(3).sum()
 
     torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(x), torch.vmap(torch.func.grad(plain))(x))
-    mapped = torch.vmap(lambda x, f: functional.upfirdn2d(x, f, 1, 2, 1), in_dims=(1, 0))(x, torch.stack([f, 2 * f]))
+    mapped = torch.vmap(lambda x, f: functional.upfirdn2d(x, f, 1, 2, 1), in_dims=(1, 0))(
+        x, torch.stack([f, 2 * f])
+    )
     torch.testing.assert_close(mapped[1], 2 * by_definition(x[:, 1], f, 1, 2, 1))
     tangent = torch.func.jvp(lambda x: functional.upfirdn2d(x, f, 2), (x[0],), (x[1],))[1]
     torch.testing.assert_close(tangent, by_definition(x[1], f, 2))
@@ -271,7 +295,9 @@ def test_transforms() -> None:
 
 def test_compiled_without_a_break() -> None:
     f = torch.randn(4, 4)
-    compiled = torch.compile(lambda x: functional.upsample2d(x, f).relu(), fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(
+        lambda x: functional.upsample2d(x, f).relu(), fullgraph=True, backend="aot_eager", dynamic=True
+    )
     for size in (5, 8):
         x = torch.randn(2, 3, size, size + 2, requires_grad=True)
         want = functional.upsample2d(x, f).relu()

@@ -50,9 +50,13 @@ class Blocks:
 
 def gpu_blocks(dtype: torch.dtype, precision: str, accumulators: int) -> Blocks:
     """Tiles for a GPU: tensor cores take 16-bit and TF32 products; others are smaller for want of registers."""
-    if dtype.itemsize > 2 and precision != "tf32":
+    if dtype == torch.float64:
+        return Blocks(32 // accumulators, 32 // accumulators, 16, 1)
+    if dtype == torch.float32 and precision == "ieee":
         return Blocks(32, 32 // accumulators, 16, 2)
-    return Blocks(64, 64 // accumulators, 32, 3 if dtype.itemsize == 2 else 2)
+    if dtype == torch.float32:
+        return Blocks(64, 64 // accumulators, 32 // accumulators, 2)
+    return Blocks(64, 64 // accumulators, 32, 3)
 
 
 def _blocks(
@@ -107,7 +111,7 @@ def _combine(
 
 
 def _outputs(x: Tensor, shape: tuple[int, ...], rows: int) -> tuple[Tensor, Tensor]:
-    """y in the layout of x, and the partial statistics."""
+    """An output in the layout of x, and the partial statistics."""
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
     return y, torch.empty(2, rows, shape[1], dtype=state_dtype(x.dtype), device=x.device)
 
@@ -122,7 +126,9 @@ def conv2d_stats(
     n, _, h, w = x.shape
     out_h, out_w = (
         (size + 2 * pad - taps) // step + 1
-        for size, pad, taps, step in zip((h, w), (pad_y, pad_x), (taps_y, taps_x), (stride_y, stride_x), strict=True)
+        for size, pad, taps, step in zip(
+            (h, w), (pad_y, pad_x), (taps_y, taps_x), (stride_y, stride_x), strict=True
+        )
     )
     pixels = n * out_h * out_w
     precision = precision_of(x.dtype)

@@ -57,7 +57,7 @@ def _wanted(ctx: Any) -> list[bool]:
 def _total(
     dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, y: Tensor, mean: Tensor
 ) -> Tensor | None:
-    """dy' of this file's equations."""
+    """The dy' of this file's equations."""
     if dmean is None and dvar is None:
         return dy
     count = y.numel() // y.shape[1]

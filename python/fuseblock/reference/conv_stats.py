@@ -19,12 +19,12 @@ def _with_stats(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def conv2d_stats_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride_y: int, stride_x: int, pad_y: int, pad_x: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, O, OH, OW) = x (N, C, H, W) * weight (O, C, KH, KW) + bias; mean and biased variance (O,) of y."""
+    """Convolution y (N, O, OH, OW) of x (N, C, H, W) with weight (O, C, KH, KW); mean, biased variance (O,) of y."""
     return _with_stats(F.conv2d(x, weight, bias, (stride_y, stride_x), (pad_y, pad_x)), x)
 
 
 def conv_transpose2d_subpixel_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, O, 2H, 2W), the transposed convolution of stride 2 and padding 1 of x with weight (C, O, 4, 4); mean, var."""
+    """Transposed convolution y (N, O, 2H, 2W) of x with weight (C, O, 4, 4), stride 2, padding 1; mean and variance."""
     return _with_stats(F.conv_transpose2d(x, weight, bias, 2, 1), x)
