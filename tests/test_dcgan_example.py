@@ -198,6 +198,11 @@ def test_sampling_leaves_the_training_alone(trainer):
     before = leaves({name: part.state_dict() for name, part in run.parts().items()})
     before = {name: value.clone() for name, value in before.items() if isinstance(value, torch.Tensor)}
     drawn = run.random.get_state()
+    noise = run.noise(3)
+    run.random.set_state(drawn)
+    torch.rand(1)
+    assert torch.equal(noise, run.noise(3)), "noise is this process' own, not the default generator's"
+    run.random.set_state(drawn)
     first, second = run.sample(5), run.sample(5)
     assert torch.equal(first, second)
     after = leaves({name: part.state_dict() for name, part in run.parts().items()})
