@@ -62,6 +62,12 @@ _NORM_CPU = (
     ("tests/ops/test_batch_norm_act_passes.py",),
 )
 
+_IMAGES = "tests/ops/test_upfirdn2d.py"
+_IMAGES_CPU = (_selected("cpu or threads", _IMAGES),)
+_IMAGES_CUDA = (_selected("cuda", _IMAGES),)
+_CONV_STATS = ("tests/ops/test_conv2d_stats.py", "tests/ops/test_conv_transpose2d_subpixel.py")
+_CONV_STATS_TRITON = (_selected("triton or many_blocks", *_CONV_STATS),)
+
 SOURCES = [
     Source("csrc/math/lstm_gates.h", "emulator", _EMULATOR),
     Source("csrc/cuda/lstm_gates.cuh", "emulator", _EMULATOR),
@@ -140,6 +146,18 @@ SOURCES = [
     Source("kernels/activations.py", "triton", _TRITON),
     Source("kernels/lstm_gates.py", "triton", _TRITON),
     Source("kernels/lstm_recurrence.py", "triton", _TRITON[:2]),
+    Source("csrc/cpu/upfirdn2d_kernels.h", "cpu", _IMAGES_CPU),
+    Source("csrc/cpu/upfirdn2d.cpp", "cpu", _IMAGES_CPU),
+    Source("csrc/cuda/upfirdn2d.cuh", "emulator", _IMAGES_CUDA),
+    Source("csrc/cuda/upfirdn2d.cu", "emulator", _IMAGES_CUDA),
+    Source(
+        "python/fuseblock/reference/upfirdn2d.py", "python", (_selected("reference or opcheck", _IMAGES),)
+    ),
+    Source("python/fuseblock/ops/upfirdn2d.py", "python", ((_IMAGES, "-k", "not cuda"),)),
+    Source("python/fuseblock/functional/_upfirdn2d.py", "python", ((_IMAGES, "-k", "not cuda"),)),
+    Source("python/fuseblock/ops/_conv_stats.py", "python", (_selected("not triton", *_CONV_STATS),)),
+    Source("kernels/conv2d_stats.py", "triton", _CONV_STATS_TRITON),
+    Source("kernels/conv_transpose2d_subpixel.py", "triton", _CONV_STATS_TRITON),
 ]
 
 
