@@ -19,8 +19,10 @@ from types import ModuleType
 import pytest
 
 from .batch_norm_act import EmulatedBatchNormAct
+from .bias_act import EmulatedBiasAct
 from .build import ROOT, Unavailable, build
 from .lstm_gates import EmulatedCuda
+from .upfirdn2d import EmulatedUpfirdn2d
 
 __all__ = ["EmulatedCuda", "load"]
 
@@ -36,10 +38,17 @@ def load(variant: str | None = None) -> EmulatedCuda:
             Default: the environment variable FUSEBLOCK_EMULATOR_VARIANT, else ``plain``.
     """
     variant = variant or os.environ.get("FUSEBLOCK_EMULATOR_VARIANT", "plain")
-    families = {"lstm_gates": "binding.cpp", "batch_norm_act": "binding_batch_norm_act.cpp"}
+    families = {
+        "lstm_gates": "binding.cpp",
+        "batch_norm_act": "binding_batch_norm_act.cpp",
+        "bias_act": "binding_bias_act.cpp",
+        "upfirdn2d": "binding_upfirdn2d.cpp",
+    }
     with ThreadPoolExecutor() as pool:
-        gates, norm = pool.map(lambda item: _module(*item, variant), families.items())
-    return EmulatedCuda(gates, EmulatedBatchNormAct(norm))
+        gates, norm, bias_act, images = pool.map(lambda item: _module(*item, variant), families.items())
+    kernels = EmulatedCuda(gates, EmulatedBatchNormAct(norm), EmulatedBiasAct(bias_act))
+    kernels.upfirdn2d = EmulatedUpfirdn2d(images).upfirdn2d
+    return kernels
 
 
 def _module(op: str, binding: str, variant: str) -> ModuleType:

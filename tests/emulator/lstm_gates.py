@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .batch_norm_act import EmulatedBatchNormAct
+from .bias_act import EmulatedBiasAct
 
 
 class EmulatedCuda:
     """Operators ``lstm_gates``, ``_bwd`` and ``_bwd_bwd`` with the signatures of ``torch.ops.fuseblock_cuda``, and
-    those of the family ``batch_norm_act``.
+    those of the families ``batch_norm_act`` and ``bias_act``.
 
     Outputs that the operators allocate start as NaN, so that an element that a kernel forgets is noticed.
 
@@ -21,13 +23,15 @@ class EmulatedCuda:
         set_seed: (int) order in which the threads of a block take turns, 0: ascending.
         set_workers: (int) how many blocks run at the same time.
         last_launch: [blocks over rows, blocks over units, threads over units, threads over rows].
-        norm: the kernels of batch_norm_act, which have an emulator of their own.
+        norm, bias_act_kernels: the kernels of batch_norm_act and bias_act, which have emulators of their own.
         launch_nothing: (rows, hidden, dtype number, c_dtype number) the error of a launch without operands.
     """
 
-    def __init__(self, module: ModuleType, norm: EmulatedBatchNormAct) -> None:
-        self._module, self.norm = module, norm
-        for op, run in norm.operators().items():
+    upfirdn2d: Callable[..., Tensor]  # set by load()
+
+    def __init__(self, module: ModuleType, norm: EmulatedBatchNormAct, bias_act: EmulatedBiasAct) -> None:
+        self._module, self.norm, self.bias_act_kernels = module, norm, bias_act
+        for op, run in (norm.operators() | bias_act.operators()).items():
             setattr(self, op, run)
         self.step_fwd, self.step_bwd, self.step_bwd_bwd = (
             module.step_fwd,
