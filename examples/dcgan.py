@@ -413,7 +413,8 @@ def main(argv: list[str] | None = None) -> int:
         images, labels = load_digits(args.size)
     else:
         images = load_folder(Path(args.data), args.size, args.gray)
-    torch.backends.cudnn.deterministic = True
+    if args.device != "cpu":
+        torch.backends.cudnn.deterministic = True
     with world(args.device) as place:
         trainer = Trainer(images, args, place)
         checkpoint = args.out / "checkpoint.pt"
