@@ -411,7 +411,7 @@ CASES: tuple[GanCase, ...] = (
         "CycleGAN, residual block",
         lambda: Residual(
             *conv(256, 256, 3, norm="instance", act=nn.ReLU()),
-            nn.Conv2d(256, 256, 3, 1, 1),
+            nn.Conv2d(256, 256, 3, 1, 1, bias=False),
             nn.InstanceNorm2d(256),
         ),
         (256, 64, 64),
@@ -424,7 +424,7 @@ CASES: tuple[GanCase, ...] = (
         "CycleGAN, residual block, small",
         lambda: Residual(
             *conv(128, 128, 3, norm="instance", act=nn.ReLU()),
-            nn.Conv2d(128, 128, 3, 1, 1),
+            nn.Conv2d(128, 128, 3, 1, 1, bias=False),
             nn.InstanceNorm2d(128),
         ),
         (128, 32, 32),
@@ -434,7 +434,9 @@ CASES: tuple[GanCase, ...] = (
     GanCase(
         "srgan",
         "SRGAN, residual block",
-        lambda: Residual(*conv(64, 64, 3, act=nn.PReLU()), nn.Conv2d(64, 64, 3, 1, 1), nn.BatchNorm2d(64)),
+        lambda: Residual(
+            *conv(64, 64, 3, act=nn.PReLU()), nn.Conv2d(64, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64)
+        ),
         (64, 24, 24),
         16,
         16,
