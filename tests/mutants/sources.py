@@ -68,6 +68,9 @@ _IMAGES_CUDA = (_selected("cuda", _IMAGES),)
 _CONV_STATS = ("tests/ops/test_conv2d_stats.py", "tests/ops/test_conv_transpose2d_subpixel.py")
 _CONV_STATS_TRITON = (_selected("triton or many_blocks", *_CONV_STATS),)
 
+_BIAS = "tests/ops/test_bias_act.py"
+_BIAS_CPU = (_selected("not triton and not cuda and not reference", _BIAS),)
+
 SOURCES = [
     Source("csrc/math/lstm_gates.h", "emulator", _EMULATOR),
     Source("csrc/cuda/lstm_gates.cuh", "emulator", _EMULATOR),
@@ -158,6 +161,15 @@ SOURCES = [
     Source("python/fuseblock/ops/_conv_stats.py", "python", (_selected("not triton", *_CONV_STATS),)),
     Source("kernels/conv2d_stats.py", "triton", _CONV_STATS_TRITON),
     Source("kernels/conv_transpose2d_subpixel.py", "triton", _CONV_STATS_TRITON),
+    Source("csrc/cuda/bias_act.cuh", "emulator", (_selected("cuda", _BIAS),)),
+    Source("csrc/cuda/bias_act.cu", "emulator", (_selected("cuda", _BIAS),)),
+    Source("csrc/math/bias_act.h", "cpu", _BIAS_CPU),
+    Source("csrc/cpu/bits.h", "cpu", _BIAS_CPU),
+    Source("csrc/cpu/bias_act_kernels.h", "cpu", _BIAS_CPU),
+    Source("csrc/cpu/bias_act.cpp", "cpu", _BIAS_CPU),
+    Source("kernels/bias_act.py", "triton", (_selected("triton", _BIAS),)),
+    Source("python/fuseblock/reference/bias_act.py", "python", (_selected("reference or third", _BIAS),)),
+    Source("python/fuseblock/functional/_minibatch.py", "python", (("tests/test_minibatch_stddev.py",),)),
 ]
 
 
