@@ -273,16 +273,16 @@ def bias_act_bwd_bwd_kernel(
             z = x + _parameter(bias_ptr, channel, known, channel, DTYPE)
             slope = _parameter(slope_ptr, channel, known, channel, DTYPE)
             passes = _inside(act(z, slope, ACT) * GAIN, CLAMPED, CLAMP)
-            q = tl.where(passes, q * GAIN, 0.0)
+            g = tl.where(passes, dy * GAIN, 0.0)
             a_dy = q * act_grad(z, slope, ACT)
             if ACT == PRELU:
                 v_slope = _parameter(v_slope_ptr, channel, known, channel, DTYPE)
-                along = tl.where(passes & ((z > 0) == 0), v_slope * GAIN, 0.0)
-                a_dy += along * z
-                a_z = along * dy
-                slope_sum += tl.where(valid & ((z > 0) == 0), q * dy, 0.0)
+                a_dy += v_slope * tl.where(z > 0, 0.0, z)
+                a_z = tl.where(z > 0, 0.0, g * v_slope)
+                slope_sum += tl.where(valid & ((z > 0) == 0), g * q, 0.0)
             else:
-                a_z = q * dy * act_grad_grad(z, ACT)
+                a_z = q * g * act_grad_grad(z, ACT)
+            a_dy = tl.where(passes, a_dy * GAIN, 0.0)
             tl.store(a_x_ptr + offset, a_z, mask=valid)
             a_z_sum += tl.where(valid, a_z, 0.0)
         tl.store(a_dy_ptr + offset, a_dy, mask=valid)

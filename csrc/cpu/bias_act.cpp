@@ -12,8 +12,11 @@ namespace {
 
 // Waking the pool costs several microseconds, in which one thread does about this many elements.
 constexpr int64_t kElementsPerThread = 16384;
-// Runs of one channel shorter than this are handled a period at a time, in vectors that cross channels.
-constexpr int64_t kShortRun = 64;
+// Runs of one channel shorter than this are handled a period at a time, in vectors that cross channels. Sums are then taken
+// for every place of the period, so that only the shortest runs gain by it.
+constexpr int64_t kShortRun = 64, kShortRunOfSums = 16;
+// Of images; the parameters of a period should stay in the first cache.
+constexpr int64_t kLongestPeriod = 16384;
 // Each part of a sum is taken in order by one thread; the parts depend on the sizes alone, and so does the result.
 constexpr int64_t kParts = 64;
 
@@ -22,11 +25,12 @@ int64_t state_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 // The site as the kernels want it, with the parameters of a channel repeated over a period where runs are short.
 class Prepared {
  public:
-  explicit Prepared(BiasActSite& site) : site_(site) {
+  Prepared(BiasActSite& site, bool summed) : site_(site) {
     if (site.channels == 1) site.inner = std::max<int64_t>(site.count, 1);
     site.period = 0;
-    if (site.count > 0 && site.inner < kShortRun) {
-      const int64_t once = site.channels * site.inner;
+    const int64_t once = site.channels * site.inner;
+    const bool is_short = site.inner == 1 || (site.inner < (summed ? kShortRunOfSums : kShortRun) && once <= kLongestPeriod);
+    if (site.count > 0 && is_short) {
       site.period = once * ((kShortRun + once - 1) / once);
     }
     site.bias = parameter(site.bias);
@@ -45,8 +49,10 @@ class Prepared {
  private:
   template <class C>
   void repeat(const void* from, void* to) const {
-    for (int64_t j = 0; j < site_.period; ++j) {
-      static_cast<C*>(to)[j] = static_cast<const C*>(from)[j / site_.inner % site_.channels];
+    C* place = static_cast<C*>(to);
+    const C* const end = place + site_.period;
+    for (int64_t channel = 0; place != end; channel = channel + 1 < site_.channels ? channel + 1 : 0) {
+      for (int64_t n = 0; n < site_.inner; ++n) *place++ = static_cast<const C*>(from)[channel];
     }
   }
 
@@ -108,14 +114,15 @@ void with_sums(const BiasActSite& s, const Threads& threads, void* first, void* 
 
 void bias_act(const BiasActFwd& args, const Threads& threads) {
   BiasActFwd a = args;
-  const Prepared prepared(a.site);
+  const Prepared prepared(a.site, false);
   without_sums(a.site, threads, [&](int64_t begin, int64_t end) { kernel_table()->bias_act_fwd(a, begin, end); });
 }
 
 void bias_act_bwd(const BiasActBwdArgs& args, const Threads& threads) {
   BiasActBwdArgs a = args;
-  const Prepared prepared(a.site);
-  if (!a.dbias && !keeps_x(a.site.activation)) {
+  const bool summed = a.dbias || keeps_x(a.site.activation);
+  const Prepared prepared(a.site, summed);
+  if (!summed) {
     return without_sums(a.site, threads, [&](int64_t begin, int64_t end) {
       kernel_table()->bias_act_bwd(a, begin, end, nullptr, nullptr);
     });
@@ -127,10 +134,11 @@ void bias_act_bwd(const BiasActBwdArgs& args, const Threads& threads) {
 
 void bias_act_bwd_bwd(const BiasActBwdBwdArgs& args, const Threads& threads) {
   BiasActBwdBwdArgs a = args;
-  Prepared prepared(a.site);
+  const bool summed = keeps_x(a.site.activation);
+  Prepared prepared(a.site, summed);
   a.v_bias = prepared.parameter(a.v_bias);
   a.v_slope = prepared.parameter(a.v_slope);
-  if (!keeps_x(a.site.activation)) {
+  if (!summed) {
     return without_sums(a.site, threads, [&](int64_t begin, int64_t end) {
       kernel_table()->bias_act_bwd_bwd(a, begin, end, nullptr, nullptr);
     });

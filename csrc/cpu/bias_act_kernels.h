@@ -13,7 +13,7 @@ namespace fuseblock::FB_ISA {
 
 using cpu::BiasActSite;
 
-constexpr int64_t kRunVectors = 64;
+constexpr int64_t kRunVectors = 16;
 
 // What one vector adds to the (up to two) sums of its channels.
 template <class V>
@@ -59,9 +59,12 @@ FB_INLINE double sum_of_lanes(Vec<C> v) {
 template <class C, int Sums, class F>
 FB_INLINE void sweep_channels(const BiasActSite& s, int64_t begin, int64_t end, double* sums, F&& f) {
   using V = Vec<C>;
-  int64_t row = begin / s.inner;
-  for (int64_t i = begin; i < end; ++row) {
-    const int64_t channel = row % s.channels, next = (row + 1) * s.inner, row_end = next < end ? next : end;
+  if (begin >= end) return;  // there may be no channels
+  int64_t next = begin / s.inner * s.inner, channel = begin / s.inner % s.channels - 1;
+  for (int64_t i = begin; i < end;) {
+    next += s.inner;
+    if (++channel == s.channels) channel = 0;
+    const int64_t row_end = next < end ? next : end;
     const Place<C, false> place{channel};
     while (i < row_end) {
       const int64_t run = i + kRunVectors * V::size, run_end = run < row_end ? run : row_end;
@@ -248,17 +251,18 @@ struct BiasActKernels {
     constexpr int kSums = A == Activation::prelu ? 2 : 1;
     sweep<C, kSums>(s, begin, end, sums, scratch, [&](int64_t i, auto place, auto lanes) __attribute__((always_inline)) {
       const V z = load<C>(x + i, lanes) + place.parameter(s.bias, lanes), slope = slope_of<A>(s, k, place, lanes);
-      const V factor = passing_gain<A>(k, z, slope);
-      const V q = (load<C>(v + i, lanes) + place.parameter(a.v_bias, lanes)) * factor, g = load<C>(dy + i, lanes);
-      V a_z, a_slope(C(0));
+      const V factor = passing_gain<A>(k, z, slope), zero(C(0));
+      // The gain multiplies elements, not parameters: their rounded product would err the same way all over a channel.
+      const V q = load<C>(v + i, lanes) + place.parameter(a.v_bias, lanes), g = load<C>(dy + i, lanes) * factor;
+      V a_z, a_slope = zero;
       if constexpr (A == Activation::prelu) {
-        const V v_slope = place.parameter(a.v_slope, lanes) * factor, zero(C(0));
-        store(a_dy + i, act_bwd<A>(q, z, slope) + v_slope * negative_part(z), lanes);
+        const V v_slope = place.parameter(a.v_slope, lanes);
+        store(a_dy + i, factor * (act_bwd<A>(q, z, slope) + v_slope * negative_part(z)), lanes);
         a_z = where_positive(z, zero, g * v_slope);
         a_slope = where_positive(z, zero, g * q);
       } else {
         const Curve<V> curve = act_curve<A>(z);
-        store(a_dy + i, q * curve.first, lanes);
+        store(a_dy + i, factor * q * curve.first, lanes);
         a_z = q * g * curve.second;
       }
       store(a_x + i, a_z, lanes);

@@ -235,16 +235,16 @@ __global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks) bias_act_bwd_
         with_activation(math.activation, [&](auto tag) {
           constexpr Activation A = decltype(tag)::value;
           const S factor = math.inside(act<A>(z, slope) * math.gain) ? math.gain : S(0);
-          const S q = (v[n] + value_of<S>(op.v_bias, channel)) * factor;
+          const S q = v[n] + value_of<S>(op.v_bias, channel), g = dy[n] * factor;
           if constexpr (A == Activation::prelu) {
-            const S along = value_of<S>(op.v_slope, channel) * factor;
-            a_g = act_bwd<A>(q, z, slope) + along * negative_part(z);
-            a_z = where_positive(z, S(0), dy[n] * along);
-            slope_sum[kLast ? n : 0] += where_positive(z, S(0), dy[n] * q);
+            const S v_slope = value_of<S>(op.v_slope, channel);
+            a_g = factor * (act_bwd<A>(q, z, slope) + v_slope * negative_part(z));
+            a_z = where_positive(z, S(0), g * v_slope);
+            slope_sum[kLast ? n : 0] += where_positive(z, S(0), g * q);
           } else if constexpr (is_smooth(A)) {
             const Curve<S> curve = act_curve<A>(z);
-            a_g = q * curve.first;
-            a_z = q * dy[n] * curve.second;
+            a_g = factor * q * curve.first;
+            a_z = q * g * curve.second;
           }
         });
         a_dy.set(n, a_g);

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, ops
-from .._activations import number
+from .._activations import NAMES, activate, number
 from .._library import forward_mode_active, plain_eager, wants_gradient
 from ..ops.bias_act import differentiable as differentiable_bias_act
-from ..reference.bias_act import bias_act_reference
+from ..reference.bias_act import bias_act_reference, per_channel
 
 __all__ = ["bias_act"]
 
 #: Elements from which on the operator wins on a CPU, measured with leaky_relu and a gain in float32.
 _SMALL = 32768
+_PLAIN_DTYPES = (torch.float32, torch.float64)
+_FIXED_SLOPE = frozenset(NAMES) - {"prelu"}
 
 
 def bias_act(
@@ -60,6 +62,10 @@ def bias_act(
 
     Source: NVlabs' ``bias_act`` (StyleGAN2, Karras et al. 2020), whose default gains are not taken over: the gain is 1.
     """
+    if dim == 1 and slope is None and _is_small(x, bias):
+        y = _composed(x, bias, activation, negative_slope, gain, clamp)
+        if y is not None:
+            return y
     if dim not in (1, 1 - x.dim()) and x.dim() > 1:
         moved = bias_act(
             x.movedim(dim, 1),
@@ -75,30 +81,49 @@ def bias_act(
     if slope is not None and slope.shape == (1,) and x.dim() > 1:
         slope = slope.expand(x.shape[1])
     args = (x, bias, slope, activation, float(negative_slope), float(gain), limit)
-    if _plain_pytorch() or _is_small(x, bias, slope):
+    if _plain_pytorch():
         ops.check_bias_act(x, bias, slope, activation, gain, limit)
         return bias_act_reference(*args[:3], number(activation), *args[4:])
     # A wrapped tensor of a transform does not tell whether an outer one will differentiate it.
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     if transformed or wants_gradient((x, bias, slope)):
         return differentiable_bias_act(*args, True)
-    y: Tensor = ops.bias_act(*args, False)[0]
-    return y
+    result: Tensor = ops.bias_act(*args, False)[0]
+    return result
 
 
-def _is_small(x: Tensor, bias: Tensor | None, slope: Tensor | None) -> bool:
+def _is_small(x: Tensor, bias: Tensor | None) -> bool:
     """Whether PyTorch's own operations are faster: a Python operator's fixed cost on a CPU is that of their arithmetic.
 
     The learned slope and 16-bit types, which take PyTorch more operations, are left to the operator.
     """
+    # Sizes come last: asking for one in a trace would compile for it.
     return (
-        x.numel() < _SMALL
-        and x.device.type == "cpu"
-        and slope is None
-        and x.dtype.itemsize > 2
+        plain_eager((x, bias))
         and dispatch.forced() == "auto"
-        and plain_eager((x, bias))
+        and x.device.type == "cpu"
+        and x.dtype in _PLAIN_DTYPES
+        and x.numel() < _SMALL
     )
+
+
+def _composed(
+    x: Tensor, bias: Tensor | None, activation: str, negative_slope: float, gain: float, clamp: float | None
+) -> Tensor | None:
+    """The equations by PyTorch's operations; None where the arguments do not fit, which the caller will say."""
+    if activation not in _FIXED_SLOPE or not math.isfinite(gain) or x.dim() < 2:
+        return None
+    z = x
+    if bias is not None:
+        if bias.shape != x.shape[1:2] or bias.dtype != x.dtype or bias.device != x.device:
+            return None
+        z = x + (bias if x.dim() == 2 else per_channel(bias, x))
+    y = activate(z, activation, negative_slope)
+    if gain != 1:
+        y = y * gain
+    if clamp is None:
+        return y
+    return y.clamp(-clamp, clamp) if clamp >= 0 else None
 
 
 def _plain_pytorch() -> bool:

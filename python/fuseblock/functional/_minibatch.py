@@ -57,7 +57,7 @@ def minibatch_stddev(
         )
     grouped = x.unflatten(1, (num_channels, -1)).unflatten(0, (group, -1)).to(state_dtype(x.dtype))
     deviation = (grouped.var(0, correction=0) + eps).sqrt()
-    s = deviation.flatten(2).mean(2).to(x.dtype).repeat(group, 1)
+    s: Tensor = deviation.flatten(2).mean(2).to(x.dtype).repeat(group, 1)
     if not concatenate:
         return s
     maps = s.view(samples, num_channels, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])

@@ -251,7 +251,8 @@ def _bwd_bwd_impl(
     channels_last: bool,
 ) -> Any:
     _check_mask(mask, v, activation, clamp, x is None)
-    v, *rest = (None if t is None else dense(t, channels_last) for t in (v, dy, x))
+    v = dense(v, channels_last)
+    rest = [None if t is None else dense(t, channels_last) for t in (dy, x)]
     parameters = [_wide(p, v) for p in (v_bias, v_slope, bias, slope)]
     args = (v, *parameters[:2], *rest, *parameters[2:], mask)
     return dispatch.run("bias_act_bwd_bwd", (*args, number(activation), negative_slope, gain, clamp))

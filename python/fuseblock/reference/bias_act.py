@@ -68,7 +68,7 @@ def pack_bits(flat: Tensor) -> Tensor:
     return (padded * weights).sum(1).to(torch.uint8)
 
 
-def unpack_bits(mask: Tensor | None, x: Tensor, plane: int) -> Tensor:
+def unpack_bits(mask: Tensor, x: Tensor, plane: int) -> Tensor:
     """Booleans in the shape and layout of x."""
     count = (x.numel() + 7) // 8
     bits = mask[plane * count : (plane + 1) * count, None] >> torch.arange(8, device=x.device)
@@ -248,7 +248,8 @@ def third_order(
     first = partial(_from_x, **_named(*constants))
 
     def second(*args: Tensor) -> tuple[Tensor, ...]:
-        pulled: tuple[Tensor, ...] = torch.func.vjp(first, *args[3:])[1](args[:3])
+        pull: Any = torch.func.vjp(first, *args[3:])[1]
+        pulled: tuple[Tensor, ...] = pull(args[:3])
         return pulled
 
     inputs = (
@@ -257,7 +258,8 @@ def third_order(
         x.to(wide.dtype),
         *_filled_parameters(bias, slope, wide, x),
     )
-    outputs, pull = torch.func.vjp(second, *inputs)
+    differentiated: Any = torch.func.vjp(second, *inputs)
+    outputs, pull = differentiated
     # a_slope is (0,) without a slope, where the filled one has a gradient of zeros.
     wanted = (*u[:3], None if slope is None else u[3])
     cotangents = [
