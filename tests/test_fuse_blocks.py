@@ -140,7 +140,7 @@ def test_hooks_shared_modules_and_other_alphas_are_left() -> None:
     assert {e.name: e.outcome.split(": ", 1)[1] for e in report.skipped} == {
         "1": "it stands in several places",
         "3": "it stands in several places",
-        "5": "hooks on it or on its norm see what lies between",
+        "5": "hooks on it or on the module before it see what lies between",
         "7": "its alpha is 0.5, the fused ELU has 1",
     }
     torch.testing.assert_close(model(x), want)

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.compiler import is_compiling
 from torch.utils.checkpoint import CheckpointError
 
 from ._library import forward_mode_active, wants_gradient
@@ -42,7 +44,7 @@ def with_second_order(y: Tensor) -> Tensor:
     Under tracing, ``torch.compile`` and ``torch.func`` transforms, and for complex numbers (which PyTorch composes of real
     convolutions), PyTorch's own derivative stays.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not y.requires_grad or is_compiling() or _are_functorch_transforms_active():
         return y
     node = y.grad_fn
     if node is None or type(y) is not Tensor or torch._C._get_tracing_state() is not None:
@@ -64,7 +66,7 @@ def _second_order_hook(
     dy = grad_outputs[0]
     if dy is None or not any(g is not None and g.requires_grad for g in grad_inputs):
         return None
-    if torch._C._are_functorch_transforms_active() or forward_mode_active():
+    if _are_functorch_transforms_active() or forward_mode_active():
         return None  # batched cotangents (is_grads_batched) and forward over reverse
     # Asked for, not kept: a hook that holds its node is a cycle that is never freed.
     node: Any = torch._C._current_autograd_node()

@@ -12,13 +12,18 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+)
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 NAMESPACE = "fuseblock"
 _LIB = torch.library.Library(NAMESPACE, "DEF")
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 Formula = Callable[..., Any]
 
@@ -34,14 +39,21 @@ def plain_eager(tensors: Iterable[Any]) -> bool:
     Then nobody but autograd has to see the operators, and calls may go to the kernels directly: a dispatcher op
     registered in Python costs several microseconds.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_mode_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._is_any_autocast_enabled()
-    ) and all(type(x) in _PLAIN for x in tensors if isinstance(x, torch.Tensor))
+    if (
+        is_compiling()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _len_torch_dispatch_stack()
+        or _get_tracing_state() is not None
+        or _is_any_autocast_enabled()
+    ):
+        return False
+    # Written out: between two convolutions this code has left the caches, and every line of it is felt.
+    for x in tensors:
+        kind = type(x)
+        if kind is not torch.Tensor and kind is not torch.nn.Parameter and isinstance(x, torch.Tensor):
+            return False
+    return True
 
 
 def wants_gradient(tensors: Iterable[Any]) -> bool:

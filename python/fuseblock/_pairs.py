@@ -1,4 +1,4 @@
-"""Finding the norm and activation modules of a model that can run as one."""
+"""Finding the activation modules of a model that follow a norm, which can apply them, or a convolution."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 
-from .nn.activation import APPLIED
+from .nn.activation import APPLIED, LeakyReLU, ReLU
 
 #: The norms that can apply an activation.
 NORMS = (
@@ -21,16 +21,24 @@ NORMS = (
     torch.nn.InstanceNorm2d,
 )
 
+#: Rectifiers that can write over the output of the convolution before them.
+RECTIFIERS = (torch.nn.ReLU, torch.nn.LeakyReLU, ReLU, LeakyReLU)
+
 
 @dataclass(frozen=True)
 class Pair:
-    """An activation and the norm before it, by qualified name, or the reason why they stay two."""
+    """An activation and the norm or convolution before it, by qualified name, or the reason why they stay two."""
 
-    norm_name: str
-    norm: torch.nn.Module
+    source_name: str
+    source: torch.nn.Module
     act_name: str
     act: torch.nn.Module
     reason: str | None
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether the norm can apply the activation; else the activation can write over the convolution's output."""
+        return _is_norm(self.source)
 
 
 class _LeafTracer(torch.fx.Tracer):
@@ -41,7 +49,7 @@ class _LeafTracer(torch.fx.Tracer):
 
 
 def find_pairs(model: torch.nn.Module) -> Iterator[Pair]:
-    """Every activation that follows a norm directly, in a `torch.nn.Sequential` or in a traced forward."""
+    """Every activation that follows a norm or convolution directly, in a `torch.nn.Sequential` or in a traced forward."""
     parents = [
         (name, module)
         for name, module in model.named_modules()
@@ -50,67 +58,71 @@ def find_pairs(model: torch.nn.Module) -> Iterator[Pair]:
     places = Counter(id(child) for _, parent in parents for child in parent._modules.values())
     for name, parent in parents:
         prefix = f"{name}." if name else ""
-        for norm_name, act_name, reason in _neighbours(parent):
-            norm, act = parent.get_submodule(norm_name), parent.get_submodule(act_name)
-            if places[id(norm)] > 1 or places[id(act)] > 1:
+        for source_name, act_name, reason in _neighbours(parent):
+            source, act = parent.get_submodule(source_name), parent.get_submodule(act_name)
+            if places[id(source)] > 1 or places[id(act)] > 1:
                 reason = "it stands in several places"
-            yield Pair(prefix + norm_name, norm, prefix + act_name, act, reason or _obstacle(norm, act))
+            yield Pair(prefix + source_name, source, prefix + act_name, act, reason or _obstacle(source, act))
 
 
 def _neighbours(parent: torch.nn.Module) -> Iterator[tuple[str, str, str | None]]:
-    """(norm, activation, reason against it) of the parent's own children."""
+    """(norm or convolution, activation, reason against it) of the parent's own children."""
     children = [
         (name, child) for name, child in parent._modules.items() if child is not None
     ]  # duplicates, too
     if type(parent).forward is torch.nn.Sequential.forward and "forward" not in parent.__dict__:
-        for (first, norm), (second, act) in pairwise(children):
-            if _is_norm(norm) and _is_activation(act):
+        for (first, source), (second, act) in pairwise(children):
+            if _fit(source, act):
                 yield first, second, None
         return
-    norms, acts = ([n for n, child in children if kind(child)] for kind in (_is_norm, _is_activation))
-    if not norms or not acts:
+    own = dict(children)
+    if not any(_fit(source, act) for source in own.values() for act in own.values()):
         return
     try:
         # On a shallow copy: what forward assigns to its module stays there.
         graph = _LeafTracer().trace(copy.copy(parent))
     except Exception:
         # Whatever a forward does with a proxy that it cannot do: then nothing is known of its order.
-        for name in acts:
-            yield norms[0], name, "the forward that calls it cannot be traced"
+        norm = next((n for n, child in children if _is_norm(child)), None)
+        for name, child in children:
+            if norm is not None and type(child) in APPLIED:
+                yield norm, name, "the forward that calls it cannot be traced"
         return
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
-        if node.op != "call_module" or node.target not in norms:
-            continue
         users = list(node.users)
-        follower = users[0] if len(users) == 1 else None
-        if follower is None or follower.op != "call_module" or follower.target not in acts:
+        if len(users) != 1 or any(n.op != "call_module" or n.target not in own for n in (node, *users)):
             continue
-        shared = calls[str(node.target)] > 1 or calls[str(follower.target)] > 1
-        yield node.target, follower.target, "it is called several times" if shared else None
+        names = str(node.target), str(users[0].target)
+        if _fit(*(own[name] for name in names)):
+            shared = any(calls[name] > 1 for name in names)
+            yield *names, "it is called several times" if shared else None
 
 
 def _is_norm(module: torch.nn.Module) -> bool:
     return type(module) in NORMS
 
 
-def _is_activation(module: torch.nn.Module) -> bool:
-    return type(module) in APPLIED
+def _fit(source: torch.nn.Module, act: torch.nn.Module) -> bool:
+    """Whether the norm could apply the activation, or the activation write over the convolution's output."""
+    if _is_norm(source):
+        return type(act) in APPLIED
+    return isinstance(source, torch.nn.modules.conv._ConvNd) and type(act) in RECTIFIERS
 
 
-def _obstacle(norm: torch.nn.Module, act: torch.nn.Module) -> str | None:
+def _obstacle(source: torch.nn.Module, act: torch.nn.Module) -> str | None:
     if isinstance(act, torch.nn.ELU) and act.alpha != 1:
         return f"its alpha is {act.alpha}, the fused ELU has 1"
-    for module in (norm, act):
+    for module in (source, act):
         hooks = (
             module._forward_hooks,
             module._forward_pre_hooks,
             module._backward_hooks,
             module._backward_pre_hooks,
         )
-        # A hook on the norm would see activated values, one on the activation the values twice.
+        # A hook on the source would see activated values, one on an applied activation the values twice.
         if any(hooks):
-            return "hooks on it or on its norm see what lies between"
+            return "hooks on it or on the module before it see what lies between"
         if "forward" in module.__dict__:
-            return "its forward or its norm's was replaced on the instance"
+            return "its forward or that of the module before it was replaced on the instance"
     return None

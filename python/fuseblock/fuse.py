@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from . import nn
-from ._pairs import NORMS, find_pairs
+from ._pairs import find_pairs
 from .nn.activation import APPLIED
 
 _FUSED: dict[type, type] = {
@@ -23,6 +23,7 @@ _FUSED: dict[type, type] = {
     torch.nn.BatchNorm3d: nn.BatchNormAct3d,
     torch.nn.InstanceNorm1d: nn.InstanceNormAct1d,
     torch.nn.InstanceNorm2d: nn.InstanceNormAct2d,
+    torch.nn.ReLU: nn.ReLU,
     torch.nn.LeakyReLU: nn.LeakyReLU,
 }
 _STOCK: dict[type, type] = {fused: stock for stock, fused in _FUSED.items()}
@@ -35,6 +36,7 @@ _KINDS = (
     torch.nn.modules.conv._ConvNd,
     torch.nn.modules.batchnorm._BatchNorm,
     torch.nn.modules.instancenorm._InstanceNorm,
+    torch.nn.ReLU,
     torch.nn.LeakyReLU,
 )
 
@@ -74,9 +76,9 @@ def fuse(model: torch.nn.Module, *, verbose: bool = True) -> FuseReport:
     """Make the modules in ``model`` that fuseblock has kernels for `fuseblock.nn` ones, in place.
 
     Swapped are `torch.nn.LSTM`, `LSTMCell`, `Conv1d`, `Conv2d`, `ConvTranspose1d`, `ConvTranspose2d`, `BatchNorm1d` to
-    `3d`, `InstanceNorm1d`, `2d` and `LeakyReLU`. Where an activation (ReLU, LeakyReLU, PReLU, SiLU, Tanh, ELU) follows a
-    norm directly, in a `torch.nn.Sequential` or in a forward that `torch.fx` can trace, the norm applies it and the
-    activation's module passes its input on.
+    `3d`, `InstanceNorm1d`, `2d`, `ReLU` and `LeakyReLU`. Where an activation (ReLU, LeakyReLU, PReLU, SiLU, Tanh, ELU)
+    follows a norm directly, in a `torch.nn.Sequential` or in a forward that `torch.fx` can trace, the norm applies it and
+    the activation's module passes its input on. A ReLU or LeakyReLU that follows a convolution so writes over its output.
 
     Only the class of each module object changes (and a norm gets a reference to its activation). Parameters, buffers,
     ``state_dict`` keys, hooks, names, training mode, device, sharing between modules and an optimizer's references stay as
@@ -111,12 +113,15 @@ def fuse(model: torch.nn.Module, *, verbose: bool = True) -> FuseReport:
     applied, apart = [], []
     for pair in find_pairs(model):
         entry = (pair.act_name, _class_name(pair.act))
-        if pair.reason is not None:
-            apart.append(FuseEntry(*entry, f"not applied by {pair.norm_name}: {pair.reason}"))
-            continue
-        pair.norm.applies = (pair.act,)  # type: ignore[assignment]
-        pair.act.__class__ = APPLIED[type(pair.act)]
-        applied.append(FuseEntry(*entry, f"applied by {pair.norm_name}"))
+        if not pair.is_norm:
+            if pair.reason is None:
+                pair.act.overwrites = True  # type: ignore[assignment]
+        elif pair.reason is not None:
+            apart.append(FuseEntry(*entry, f"not applied by {pair.source_name}: {pair.reason}"))
+        else:
+            pair.source.applies = (pair.act,)  # type: ignore[assignment]
+            pair.act.__class__ = APPLIED[type(pair.act)]
+            applied.append(FuseEntry(*entry, f"applied by {pair.source_name}"))
     swapped, skipped = _swap(model, _FUSED, _KINDS)
     swapped, skipped = swapped + applied, skipped + apart
     return _reported(FuseReport("fuse", tuple(swapped), tuple(skipped)), verbose)
@@ -133,8 +138,8 @@ def unfuse(model: torch.nn.Module, *, verbose: bool = True) -> FuseReport:
     _check("unfuse", model)
     swapped, skipped = _swap(model, _STOCK | _UNAPPLIED, tuple(_STOCK | _UNAPPLIED))
     for module in model.modules():
-        if type(module) in NORMS:
-            module.__dict__.pop("applies", None)
+        for made_by_fuse in ("applies", "overwrites"):
+            module.__dict__.pop(made_by_fuse, None)
     return _reported(FuseReport("unfuse", tuple(swapped), tuple(skipped)), verbose)
 
 

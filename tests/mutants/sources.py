@@ -96,6 +96,8 @@ SOURCES = [
         "python",
         (("tests/test_convolution.py",), ("tests/nn/test_conv.py",)),
     ),
+    Source("python/fuseblock/_rectifier.py", "python", (("tests/nn/test_activation.py",),)),
+    Source("python/fuseblock/nn/activation.py", "python", (("tests/nn/test_activation.py",),)),
     Source(
         "python/fuseblock/functional/_spectral.py",
         "python",

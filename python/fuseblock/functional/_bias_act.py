@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import dispatch, ops
 from .._activations import NAMES, activate, number
 from .._library import forward_mode_active, plain_eager, wants_gradient
+from .._rectifier import rectify
 from ..ops.bias_act import differentiable as differentiable_bias_act
 from ..reference.bias_act import bias_act_reference, per_channel
 
@@ -118,7 +119,10 @@ def _composed(
         if bias.shape != x.shape[1:2] or bias.dtype != x.dtype or bias.device != x.device:
             return None
         z = x + (bias if x.dim() == 2 else per_channel(bias, x))
-    y = activate(z, activation, negative_slope)
+    if activation in ("relu", "leaky_relu") and negative_slope >= 0:
+        y = rectify(z, None if activation == "relu" else negative_slope, inplace=z is not x)
+    else:
+        y = activate(z, activation, negative_slope)
     if gain != 1:
         y = y * gain
     if clamp is None:

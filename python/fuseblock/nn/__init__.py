@@ -2,7 +2,7 @@
 names.
 """
 
-from .activation import LeakyReLU
+from .activation import LeakyReLU, ReLU
 from .blocks import Conv1dBlock, Conv2dBlock, ConvTranspose1dBlock, ConvTranspose2dBlock, ResidualBlock2d
 from .conv import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
 from .folding import fold_batch_norm
@@ -36,6 +36,7 @@ __all__ = [
     "InstanceNormAct2d",
     "LSTMCell",
     "LeakyReLU",
+    "ReLU",
     "ResidualBlock2d",
     "fold_batch_norm",
     "remove_spectral_norm",

@@ -54,7 +54,7 @@ class _ConvBlock(torch.nn.Sequential):
             **convolution,
         )
         if norm is None:
-            act = activation_module(activation, negative_slope, **factory)
+            act = activation_module(activation, negative_slope, overwrites=True, **factory)
             super().__init__(conv, *([] if act is None else [act]))
             return
         if (norm, self._dims) not in _NORMS:
@@ -169,13 +169,13 @@ class ResidualBlock2d(torch.nn.Module):
         middle = in_channels if mode == "down" else out
         if mode == "same":
             self.conv1 = Conv2d(in_channels, out, kernel_size, bias=norm is None, **wide)
-            self.norm1 = _norm_act(norm, out, **act)
+            self.norm1 = _norm_act(norm, out, overwrites=True, **act)
             self.conv2 = Conv2d(out, out, kernel_size, bias=norm is None, **wide)
-            self.norm2 = _norm_act(norm, out, **{**act, "activation": final_activation})
+            self.norm2 = _norm_act(norm, out, overwrites=True, **{**act, "activation": final_activation})
             return
         self.norm1 = torch.nn.Identity() if first else _norm_act(norm, in_channels, **act)
         self.conv1 = Conv2d(in_channels, middle, kernel_size, bias=norm is None or mode == "down", **wide)
-        self.norm2 = _norm_act(norm, middle, **act)
+        self.norm2 = _norm_act(norm, middle, overwrites=True, **act)
         self.conv2 = Conv2d(middle, out, kernel_size, **wide)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -209,9 +209,9 @@ def _doubled(x: Tensor) -> Tensor:
 class _PlainActivation(torch.nn.Module):
     """What stands for a norm with activation where there is no norm; adds a residual like one."""
 
-    def __init__(self, activation: str, negative_slope: float, **factory: Any) -> None:
+    def __init__(self, activation: str, negative_slope: float, overwrites: bool, **factory: Any) -> None:
         super().__init__()
-        self.act = activation_module(activation, negative_slope, **factory)
+        self.act = activation_module(activation, negative_slope, overwrites, **factory)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         summed = input if residual is None else input + residual
@@ -219,10 +219,17 @@ class _PlainActivation(torch.nn.Module):
 
 
 def _norm_act(
-    norm: str | None, channels: int, *, activation: str, negative_slope: float, **factory: Any
+    norm: str | None,
+    channels: int,
+    *,
+    activation: str,
+    negative_slope: float,
+    overwrites: bool = False,
+    **factory: Any,
 ) -> torch.nn.Module:
+    """The norm with its activation; ``overwrites``: its input is a convolution's output that nothing else reads."""
     if norm is None:
-        return _PlainActivation(activation, negative_slope, **factory)
+        return _PlainActivation(activation, negative_slope, overwrites, **factory)
     if (norm, 2) not in _NORMS:
         raise ValueError(f"ResidualBlock2d: expected norm 'batch', 'instance' or None, got {norm!r}")
     return _NORMS[norm, 2](channels, activation=activation, negative_slope=negative_slope, **factory)
