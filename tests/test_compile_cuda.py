@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "build" / "compile_cuda"
 SELF_TEST = ROOT / "tests" / "emulator" / "self_test"
-SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), SELF_TEST / "kernels.cu"]
+SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), *sorted(SELF_TEST.glob("*.cu"))]
 ARCHITECTURES = ["80", "90a", "100"]
 #: Three blocks of 128 threads fit on a multiprocessor (65,536 registers, given out by 8 a thread).
 MOST_REGISTERS = 168
@@ -123,3 +123,25 @@ def test_normalisation_moves_vectors(architecture: str) -> None:
         assert "reduce" in found[1] or found[1] == "stats" or f"STG.E{bits}" in code, f"{name}: narrow stores"
         seen.add((found[1], wide))
     assert len(seen) == 8, seen
+
+
+#: Instructions of the self-tests' kernels, each of which is one wrapper of csrc/cuda.
+WARP_INSTRUCTIONS = [
+    r"HMMA\.16816\.F32 ",
+    r"HMMA\.16816\.F32\.BF16",
+    r"HMMA\.1688\.F32\.TF32",
+    r"LDSM\.16\.M88 ",
+    r"LDSM\.16\.M88\.2",
+    r"LDSM\.16\.M88\.4",
+    r"LDSM\.16\.MT88 ",
+    r"MOVM\.16\.MT88",
+    r"LDGSTS\.E\.BYPASS\.128",
+    r"LDGDEPBAR",
+]
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_warp_wrappers_are_single_instructions(architecture: str) -> None:
+    code = dump(compile_cubin(SELF_TEST / "warp.cu", architecture), "--dump-sass")
+    for instruction in WARP_INSTRUCTIONS:
+        assert re.search(instruction, code), f"{instruction} is not in sm_{architecture}'s code"

@@ -1,14 +1,22 @@
 // Runs CUDA kernels on the CPU, for tests: the same source that nvcc compiles, compiled by g++ (csrc/cuda/launch.h).
 //
-// Every CUDA thread is a fiber, every block in flight an OS thread. Checked: barriers that not all threads reach,
-// different collectives that meet, lanes outside of their mask, shuffles from lanes that do not take part, grid.sync() in
-// an ordinary launch, too much shared memory. Misaligned accesses trap (a flag of the compiler). Shared memory starts as
-// NaN (all bits set). Threads of a block take turns in an order that set_seed() shuffles. With AddressSanitizer shared arrays have red zones; with ThreadSanitizer only
-// barriers and atomics order memory, so that missing ones are reported.
+// Every CUDA thread is a fiber. The blocks that must run together (a cluster, the grid of a cooperative launch) share an OS
+// thread, so that set_seed() decides in which order everything happens: threads and blocks take turns in an order that is
+// shuffled in every round, one block may be kept behind the others, and what is copied asynchronously arrives sooner or
+// later (seed 0: threads in order, copies as late as possible).
+//
+// Checked: barriers that not all threads reach, different collectives that meet, lanes outside of their mask, shuffles from
+// lanes that do not take part, grid.sync() in an ordinary launch, waits that never end (with what is missing), too much
+// shared memory, addresses outside of shared memory or misaligned for an instruction, access to a block of the cluster
+// that may not have started yet or has returned, copies still under way when a thread returns, mbarriers that are
+// overwritten, not initialised, arrived at too often or passed twice before a waiting thread saw it.
+// Misaligned accesses trap (a flag of the compiler). Shared memory starts as NaN (all bits set). With AddressSanitizer
+// shared arrays have red zones; with ThreadSanitizer only barriers and atomics order memory, so that missing ones are
+// reported.
 //
 // Stricter than hardware: a thread that has returned counts as missing at a barrier and in a mask. Not modelled: speed,
-// memory ordering weaker than the host's, device math functions (libm's are used). A thread that spins until another of
-// its own block has done something must call __nanosleep().
+// memory ordering weaker than the host's (but for remote stores and asynchronous copies), the proxy fence, device math
+// functions (libm's are used). A thread that spins until another one has done something must call __nanosleep().
 //
 // Types and conversions of float16 and bfloat16 are CUDA's own headers'.
 #pragma once
@@ -22,6 +30,8 @@
 #include <cstring>
 #include <functional>
 #include <type_traits>
+
+#include "cuda/placement.h"
 
 #undef __global__
 #undef __device__
@@ -45,26 +55,41 @@ struct ThreadInfo {
   dim3 block_size, grid_size;
   unsigned lane;        // in its warp
   unsigned warp_lanes;  // lanes that the warp has: fewer than 32 at the end of an odd block
+  unsigned cluster_rank, cluster_size;
 };
 extern thread_local const ThreadInfo* current;
-
-inline constexpr size_t kLaneSlotBytes = 64;
 
 void block_barrier();
 // All lanes of `mask` must come, with the same `operation`.
 void warp_barrier(unsigned mask, const char* operation);
+// The same; `perform` is called once, by the lane that comes last, with what every lane of the mask has brought.
+using Perform = void (*)(void* const* lanes, unsigned mask);
+void warp_collective(unsigned mask, const char* operation, void* mine, Perform perform);
 void grid_barrier();
-// Lets the other threads of the block run.
+// Lets other threads run.
 void yield();
-// Memory through which the lanes of the calling thread's warp exchange values.
-void* lane_slot(unsigned lane);
+// Sleeps until *counter, whose value wraps around, has reached target.
+void wait_for_count(const unsigned* counter, unsigned target);
+// What orders memory: remote stores of this thread have arrived afterwards.
+void memory_fence();
 void* static_shared(const void* key, size_t bytes, size_t alignment);
 void* dynamic_shared();
 // Stops the launch; the launching call throws std::runtime_error.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
+struct LaunchConfig {
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  bool cooperative = false;
+  unsigned cluster = 1;       // blocks, along x
+  bool much_shared = false;  // more than 48 KB of dynamic shared memory were asked for as they must be
+};
 // Runs `thread` once per CUDA thread; returns when the grid is done. Throws std::runtime_error.
-void launch(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, const std::function<void()>& thread);
+void launch(const LaunchConfig& config, const std::function<void()>& thread);
+// The same under the limits of device.h, which give an error.
+cudaError_t launch_placed(const fuseblock::Placement& placement, dim3 grid, dim3 block, size_t shared_bytes,
+                          const std::function<void()>& thread);
+fuseblock::Residency resident_blocks(const fuseblock::Placement& placement, dim3 block, size_t shared_bytes);
 
 struct LaunchShape {
   dim3 grid, block;
@@ -74,21 +99,29 @@ LaunchShape last_launch();
 
 // 0: threads take turns in order; else their order is shuffled anew in every round.
 void set_seed(unsigned seed);
-// OS threads of ordinary launches. Cooperative launches have one per block.
+// OS threads of a launch; cooperative launches have one.
 void set_workers(int workers);
 
 // v as lane `source` of the warp has it. All lanes of mask take part.
 template <class T>
 T exchange(unsigned mask, T v, unsigned source, const char* operation) {
-  static_assert(sizeof(T) <= kLaneSlotBytes && std::is_trivially_copyable_v<T>);
-  std::memcpy(lane_slot(current->lane), &v, sizeof(T));
-  warp_barrier(mask, operation);
+  struct Lane {
+    T value, result;
+    unsigned source;
+  };
   if (source >= 32 || (mask >> source & 1) == 0) {
     fail("%s reads lane %u, which is not in its mask 0x%08x", operation, source, mask);
   }
-  std::memcpy(&v, lane_slot(source), sizeof(T));
-  warp_barrier(mask, operation);
-  return v;
+  Lane mine{v, v, source};
+  warp_collective(mask, operation, &mine, [](void* const* lanes, unsigned present) {
+    for (unsigned lane = 0; lane < 32; ++lane) {
+      if ((present >> lane & 1) == 0) continue;
+      Lane* reader = static_cast<Lane*>(lanes[lane]);
+      // A lane that an odd block's last warp does not have gives what the hardware may give: anything.
+      if (present >> reader->source & 1) reader->result = static_cast<Lane*>(lanes[reader->source])->value;
+    }
+  });
+  return mine.result;
 }
 
 // Compare-and-swap loop on the bits of *address, for types without an atomic instruction of their own.
@@ -116,8 +149,11 @@ T atomic_update(T* address, Update update) {
 
 inline void __syncthreads() { cuda_emulator::block_barrier(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_emulator::warp_barrier(mask, "__syncwarp"); }
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence() {
+  cuda_emulator::memory_fence();
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+inline void __threadfence_block() { __threadfence(); }
 inline void __nanosleep(unsigned) { cuda_emulator::yield(); }
 
 // Shuffles within segments of `width` lanes, width a power of two. As on the device, a lane whose source would lie beyond
@@ -146,16 +182,20 @@ T __shfl_xor_sync(unsigned mask, T v, int lane_mask, int width = 32) {
   return cuda_emulator::exchange(mask, v, inside ? source : lane, "__shfl_xor_sync");
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  std::memcpy(cuda_emulator::lane_slot(cuda_emulator::current->lane), &predicate, sizeof(int));
-  cuda_emulator::warp_barrier(mask, "__ballot_sync");
-  unsigned votes = 0;
-  for (unsigned lane = 0; lane < cuda_emulator::current->warp_lanes; ++lane) {
-    int vote = 0;
-    if (mask >> lane & 1) std::memcpy(&vote, cuda_emulator::lane_slot(lane), sizeof(int));
-    votes |= (vote != 0 ? 1u : 0u) << lane;
-  }
-  cuda_emulator::warp_barrier(mask, "__ballot_sync");
-  return votes;
+  struct Lane {
+    int predicate;
+    unsigned votes;
+  } mine{predicate, 0};
+  cuda_emulator::warp_collective(mask, "__ballot_sync", &mine, [](void* const* lanes, unsigned present) {
+    unsigned votes = 0;
+    for (unsigned lane = 0; lane < 32; ++lane) {
+      if (present >> lane & 1 && static_cast<Lane*>(lanes[lane])->predicate != 0) votes |= 1u << lane;
+    }
+    for (unsigned lane = 0; lane < 32; ++lane) {
+      if (present >> lane & 1) static_cast<Lane*>(lanes[lane])->votes = votes;
+    }
+  });
+  return mine.votes;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
@@ -177,6 +217,11 @@ inline unsigned atomicCAS(unsigned* p, unsigned expected, unsigned v) {
   return expected;
 }
 
+inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
+inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
+inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
+inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
+
 template <class T>
 T __ldg(const T* p) {
   return *p;
@@ -193,39 +238,3 @@ struct grid_group {
 inline grid_group this_grid() { return {}; }
 
 }  // namespace cooperative_groups
-
-namespace fuseblock {
-
-// d = a b + c of mma.sync.aligned.m16n8k16.row.col with float32 accumulation; T: __half or __nv_bfloat16. Fragments lie in
-// registers as the PTX ISA says. One lane does the sums of the whole warp; products are exact, additions in order of k.
-template <class T>
-void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  struct Slot {
-    T a[8], b[4];
-    float c[4];
-  };
-  static_assert(sizeof(Slot) <= cuda_emulator::kLaneSlotBytes);
-  const auto slot = [](unsigned lane) { return static_cast<Slot*>(cuda_emulator::lane_slot(lane)); };
-  const unsigned lane = cuda_emulator::current->lane;
-  std::memcpy(&slot(lane)->a, a, sizeof(a));
-  std::memcpy(&slot(lane)->b, b, sizeof(b));
-  std::memcpy(&slot(lane)->c, c, sizeof(c));
-  cuda_emulator::warp_barrier(0xffffffffu, "mma_m16n8k16");
-  if (lane == 0) {
-    for (int row = 0; row < 16; ++row) {
-      for (int column = 0; column < 8; ++column) {
-        float& sum = slot(row % 8 * 4 + column / 2)->c[row / 8 * 2 + column % 2];
-        for (int k = 0; k < 16; ++k) {
-          const T x = slot(row % 8 * 4 + k % 8 / 2)->a[k / 8 * 4 + row / 8 * 2 + k % 2];
-          const T y = slot(column * 4 + k % 8 / 2)->b[k / 8 * 2 + k % 2];
-          sum += static_cast<float>(x) * static_cast<float>(y);
-        }
-      }
-    }
-  }
-  cuda_emulator::warp_barrier(0xffffffffu, "mma_m16n8k16");
-  std::memcpy(c, &slot(lane)->c, sizeof(c));
-  cuda_emulator::warp_barrier(0xffffffffu, "mma_m16n8k16");
-}
-
-}  // namespace fuseblock

@@ -53,6 +53,9 @@ class Fiber {
   void* asan_fake_stack_ = nullptr;
 };
 
+// Calls work(argument). For ThreadSanitizer somebody else does it, whom only happens-before edges order: a copy engine.
+void as_copy_engine(void (*work)(void*), void* argument);
+
 // Happens-before edges for ThreadSanitizer: what precedes release(x) is visible after acquire(x). Else nothing.
 void release(void* address);
 void acquire(void* address);

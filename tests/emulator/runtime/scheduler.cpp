@@ -1,29 +1,15 @@
-// The emulator's hardware: blocks on OS threads, threads on fibers, barriers between them.
-#include "cuda_emulator.h"
-// The scheduler's own structures use these names.
-#undef threadIdx
-#undef blockIdx
-#undef blockDim
-#undef gridDim
+// The emulator's scheduler: crews of blocks on OS threads, threads on fibers, barriers between them.
+#include "scheduler.h"
 
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
-#include <mutex>
-#include <numeric>
-#include <random>
 #include <stdexcept>
-#include <string>
 #include <thread>
-#include <vector>
-
-#include "fiber.h"
 
 namespace cuda_emulator {
 
@@ -31,148 +17,39 @@ thread_local const ThreadInfo* current = nullptr;
 
 namespace {
 
-constexpr unsigned kWarp = 32;
-constexpr size_t kStaticSharedLimit = 48 << 10;
-constexpr size_t kSharedLimit = 227 << 10;
-constexpr int kCooperativeBlockLimit = 256;
-constexpr size_t kSharedArrayLimit = 64;
+constexpr uint64_t kCrewThreadLimit = 30000;  // each has two memory mappings; Linux gives a process 65530
+// So many rounds in which threads did nothing but call __nanosleep() are taken for a wait that never ends.
+constexpr int kIdleRounds = 10000;
 
 std::atomic<unsigned> g_seed{0};
 LaunchShape g_last_launch{};  // tests launch from one thread
 std::atomic<int> g_workers{static_cast<int>(std::max(1u, std::thread::hardware_concurrency()))};
 
-struct Barrier {
-  unsigned mask = 0;  // of the lanes that meet, in a warp
-  unsigned arrived = 0;
-  uint64_t generation = 0;
-  const char* operation = nullptr;
-};
-
-// Nothing here allocates memory while threads run: ThreadSanitizer watches the heap.
-struct Warp {
-  // Disjoint groups of a warp may be in different collectives. Each lane waits at one barrier at most.
-  Barrier barriers[kWarp];
-  alignas(16) unsigned char slots[kWarp][kLaneSlotBytes];
-
-  Barrier& barrier(unsigned mask) {
-    Barrier* found = nullptr;
-    for (Barrier& barrier : barriers) {
-      if (barrier.mask == mask) return barrier;
-      if (barrier.arrived == 0) found = &barrier;
-    }
-    found->mask = mask;
-    return *found;
-  }
-};
-
-struct Block;
-
-struct Thread : ThreadInfo {
-  Fiber fiber;
-  Block* owner = nullptr;
-  Warp* warp = nullptr;
-  Barrier* waits_for = nullptr;  // and does not run before its generation leaves `generation`
-  uint64_t generation = 0;
-  bool waits_for_grid = false;
-  bool done = false;
-
-  bool runnable() const {
-    return !done && !waits_for_grid && (waits_for == nullptr || waits_for->generation != generation);
-  }
-};
-
-struct Grid {
-  dim3 size, block_size;
-  size_t shared_bytes;
-  bool cooperative;
-  const std::function<void()>* body;
-  int blocks;
-
-  std::mutex mutex{};
-  std::condition_variable changed{};
-  int arrived = 0;
-  uint64_t generation = 0;
-  std::atomic<bool> failed{false};
-  std::string message{};
-  char order = 0;  // address for happens-before edges of grid barriers
-
-  void fail(const std::string& why) {
-    std::lock_guard<std::mutex> lock(mutex);
-    if (!failed) message = why;
-    failed = true;
-    changed.notify_all();
-  }
-};
-
-struct FreeMemory {
-  void operator()(void* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<void, FreeMemory>;
-
-// On the heap, where AddressSanitizer has red zones, exactly `bytes` long; all bits set, which is NaN.
-Memory poisoned(size_t bytes, size_t alignment) {
-  void* p = nullptr;
-  if (posix_memalign(&p, std::max<size_t>(alignment, 16), std::max<size_t>(bytes, 1)) != 0) throw std::bad_alloc();
-  std::memset(p, 0xff, bytes);
-  return Memory(p);
-}
-
-struct SharedArray {
-  const void* key;
-  Memory memory;
-};
-
-struct Block {
-  Grid* grid = nullptr;
-  SchedulerContext scheduler;
-  std::vector<Thread> threads;
-  std::vector<Warp> warps;
-  Barrier barrier;
-  Memory dynamic;
-  std::vector<SharedArray> shared;
-  size_t shared_bytes = 0;
-  char order = 0;  // address for the happens-before edge from the threads' ends to the block's
-};
-
-thread_local Block* t_block = nullptr;
-
-Thread& self() { return *const_cast<Thread*>(static_cast<const Thread*>(current)); }
+thread_local Crew* t_crew = nullptr;
 
 void leave(bool forever) {
   Thread& thread = self();
-  thread.fiber.leave(thread.owner->scheduler, forever);
+  thread.fiber.leave(thread.owner->crew->scheduler, forever);
 }
 
 void fiber_main() {
-  Fiber::entered(t_block->scheduler);
-  (*t_block->grid->body)();
-  release(&t_block->order);
-  self().done = true;
+  Fiber::entered(t_crew->scheduler);
+  (*t_crew->grid->body)();
+  Thread& thread = self();
+  flush_stores(thread);
+  release(&t_crew->order);
+  if (thread.copies.first != TransferList::kNone) fail("a thread returns while its cp.async is under way");
+  if (thread.bulk.first != TransferList::kNone) fail("a thread returns while its cp.async.bulk is under way");
+  thread.done = true;
+  if (--thread.owner->live == 0) {
+    const std::string complaint = check_exit(*thread.owner);
+    if (!complaint.empty()) fail("%s %s", describe(*thread.owner).c_str(), complaint.c_str());
+  }
   leave(true);
   std::abort();
 }
 
-void wait_at(Barrier& barrier, unsigned needed, const char* operation) {
-  if (barrier.arrived == 0) barrier.operation = operation;
-  if (std::strcmp(barrier.operation, operation) != 0) {
-    fail("%s and %s meet: the threads of a warp have diverged", barrier.operation, operation);
-  }
-  Thread& thread = self();
-  const uint64_t generation = barrier.generation;
-  release(&barrier);
-  if (++barrier.arrived == needed) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-  } else {
-    thread.waits_for = &barrier;
-    thread.generation = generation;
-    leave(false);
-    thread.waits_for = nullptr;
-  }
-  acquire(&barrier);
-}
-
-// Stacks are kept for the next block of the same OS thread. A guard page below each stops overflows.
+// Stacks are kept for the next crew of the same OS thread. A guard page below each stops overflows.
 class StackPool {
  public:
   ~StackPool() {
@@ -194,99 +71,201 @@ class StackPool {
   std::vector<char*> stacks_;
 };
 
-void make_threads(Block& block, uint3 index, StackPool& stacks) {
-  const dim3 size = block.grid->block_size;
+// On the heap, where AddressSanitizer has red zones, exactly `bytes` long; all bits set, which is NaN.
+Memory poisoned(size_t bytes, size_t alignment) {
+  void* p = nullptr;
+  if (posix_memalign(&p, std::max<size_t>(alignment, 16), std::max<size_t>(bytes, 1)) != 0) throw std::bad_alloc();
+  std::memset(p, 0xff, bytes);
+  return Memory(p);
+}
+
+void make_threads(Block& block, StackPool& stacks) {
+  const LaunchConfig& config = block.crew->grid->config;
+  const dim3 size = config.block;
   const unsigned count = size.x * size.y * size.z;
+  block.live = count;
   block.threads = std::vector<Thread>(count);
   block.warps = std::vector<Warp>((count + kWarp - 1) / kWarp);
   for (unsigned n = 0; n < count; ++n) {
     Thread& thread = block.threads[n];
     thread.thread = {n % size.x, n / size.x % size.y, n / (size.x * size.y)};
-    thread.block = index;
+    thread.block = block.index;
     thread.block_size = size;
-    thread.grid_size = block.grid->size;
+    thread.grid_size = config.grid;
     thread.lane = n % kWarp;
     thread.warp_lanes = std::min(kWarp, count - n / kWarp * kWarp);
+    thread.cluster_rank = block.rank;
+    thread.cluster_size = config.cluster;
     thread.warp = &block.warps[n / kWarp];
     thread.owner = &block;
-    thread.fiber.prepare(stacks.get(n), fiber_main);
+    thread.fiber.prepare(stacks.get(block.crew->thread_count++), fiber_main);
   }
 }
 
-// All live threads of a block stand at grid.sync(): waits for the other blocks. False if the launch failed meanwhile.
-bool pass_grid_barrier(Block& block) {
-  Grid& grid = *block.grid;
-  std::unique_lock<std::mutex> lock(grid.mutex);
-  const uint64_t generation = grid.generation;
-  if (++grid.arrived == grid.blocks) {
-    grid.arrived = 0;
-    ++grid.generation;
-    grid.changed.notify_all();
-  } else {
-    grid.changed.wait(lock, [&] { return grid.generation != generation || grid.failed; });
-  }
-  for (Thread& thread : block.threads) thread.waits_for_grid = false;
-  return !grid.failed;
-}
-
-void report_deadlock(const Block& block, uint3 index) {
-  size_t live = 0, at_grid = 0;
-  const char* operation = "";
-  for (const Thread& thread : block.threads) {
-    live += !thread.done;
-    at_grid += thread.waits_for_grid;
-    if (thread.waits_for != nullptr) operation = thread.waits_for->operation;
-  }
-  if (at_grid > 0 && !block.grid->cooperative) return block.grid->fail("grid.sync() in a launch that is not cooperative");
-  if (at_grid > 0) operation = "grid.sync()";
-  char text[256];
-  std::snprintf(text, sizeof(text), "deadlock in block (%u, %u, %u): %s was not reached by all threads (%zu of %zu wait)",
-                index.x, index.y, index.z, operation, live, block.threads.size());
-  block.grid->fail(text);
-}
-
-void run_block(Grid& grid, uint3 index, StackPool& stacks) {
-  Block block;
-  block.grid = &grid;
-  block.shared_bytes = grid.shared_bytes;
+void make_block(Crew& crew, int number, StackPool& stacks) {
+  const LaunchConfig& config = crew.grid->config;
+  const unsigned n = static_cast<unsigned>(number);
+  Block& block = *crew.blocks.emplace_back(std::make_unique<Block>());
+  block.crew = &crew;
+  block.index = {n % config.grid.x, n / config.grid.x % config.grid.y, n / (config.grid.x * config.grid.y)};
+  block.rank = n % config.cluster;
+  block.cluster = &crew.clusters[(crew.blocks.size() - 1) / config.cluster];
+  block.cluster->blocks.push_back(&block);
   block.shared.reserve(kSharedArrayLimit);
-  t_block = &block;
-  if (grid.shared_bytes > 0) block.dynamic = poisoned(grid.shared_bytes, 128);
-  make_threads(block, index, stacks);
-  std::vector<size_t> order(block.threads.size());
-  std::iota(order.begin(), order.end(), 0);
+  block.mbarriers.reserve(kMBarrierLimit);
+  if (config.shared_bytes > 0) {
+    block.shared.push_back({nullptr, config.shared_bytes, 128, poisoned(config.shared_bytes, 128)});
+  }
+  make_threads(block, stacks);
+}
+
+void report_deadlock(const Crew& crew) {
+  for (const auto& block : crew.blocks) {
+    if (block->live == 0) continue;
+    const Thread* waits = nullptr;
+    for (const Thread& thread : block->threads) {
+      if (!thread.done && (waits == nullptr || thread.wait.kind > waits->wait.kind)) waits = &thread;
+    }
+    size_t same = 0;
+    for (const Thread& thread : block->threads) {
+      same += !thread.done && thread.wait.kind == waits->wait.kind && thread.wait.what == waits->wait.what;
+    }
+    char text[400];
+    const char* const name = waits->wait.operation;
+    if (waits->wait.kind == Wait::kBarrier) {
+      std::snprintf(text, sizeof(text), "%s was not reached by all threads (%zu of %zu wait)", name, same,
+                    block->threads.size());
+    } else if (waits->wait.kind == Wait::kMBarrier) {
+      std::snprintf(text, sizeof(text), "%zu threads wait for %s", same,
+                    describe(*static_cast<const MBarrier*>(waits->wait.what)).c_str());
+    } else if (waits->wait.kind == Wait::kCounter) {
+      std::snprintf(text, sizeof(text), "%zu threads wait for a counter to reach %u; it is %u", same,
+                    static_cast<unsigned>(waits->wait.value), *static_cast<const unsigned*>(waits->wait.what));
+    } else {
+      std::snprintf(text, sizeof(text), "%zu threads do nothing but sleep", same);
+    }
+    return crew.grid->fail("deadlock in " + describe(*block) + ": " + text);
+  }
+}
+
+// Runs every thread that can once, in an order that chance decides. What has happened:
+struct Round {
+  bool progress = false;  // a thread did more than to yield
+  bool spinning = false;  // a thread yielded
+  bool held_back = false; // a thread of a slow block was not run
+};
+
+Round run_round(Crew& crew, std::vector<Thread*>& order, bool slow_blocks_too, size_t& live) {
+  Round round;
+  if (g_seed != 0) {
+    for (size_t n = order.size(); n > 1; --n) std::swap(order[n - 1], order[crew.random(static_cast<uint32_t>(n))]);
+  }
+  for (Thread* thread : order) {
+    if (!thread->runnable()) continue;
+    if (thread->owner->slow && !slow_blocks_too && crew.random(16) != 0) {
+      round.held_back = true;
+      continue;
+    }
+    thread->yielded = false;
+    current = thread;
+    thread->fiber.resume(crew.scheduler);
+    current = nullptr;
+    (thread->yielded ? round.spinning : round.progress) = true;
+    live -= thread->done;
+    if (crew.grid->failed) break;
+  }
+  return round;
+}
+
+void run_crew(Grid& grid, int first, int count, StackPool& stacks) {
+  Crew crew;
+  crew.grid = &grid;
+  t_crew = &crew;
   const unsigned seed = g_seed;
-  std::mt19937 random(seed * 2654435761u + index.x + 7919 * index.y + 104729 * index.z);
+  crew.random = Random(seed * 1000003ull + static_cast<unsigned>(first));
+  crew.clusters = std::vector<Cluster>((count + grid.config.cluster - 1) / grid.config.cluster);
+  crew.transfers = transfer_pool();
+  for (int n = first; n < first + count; ++n) make_block(crew, n, stacks);
+  if (seed != 0) {
+    crew.arrival = static_cast<Arrival>(crew.random(3));
+    if (count > 1 && crew.random(2) == 0) crew.blocks[crew.random(static_cast<uint32_t>(count))]->slow = true;
+  }
+  std::vector<Thread*> order;
+  for (auto& block : crew.blocks) {
+    for (Thread& thread : block->threads) order.push_back(&thread);
+  }
 
   size_t live = order.size();
-  while (live > 0 && !grid.failed) {
-    bool progress = false;
-    size_t at_grid = 0;
-    if (seed != 0) std::shuffle(order.begin(), order.end(), random);
-    for (const size_t n : order) {
-      Thread& thread = block.threads[n];
-      at_grid += thread.waits_for_grid;
-      if (!thread.runnable()) continue;
-      current = &thread;
-      thread.fiber.resume(block.scheduler);
-      current = nullptr;
-      progress = true;
-      live -= thread.done;
-      if (grid.failed) break;
-    }
-    if (progress) continue;
-    if (at_grid != block.threads.size() || !grid.cooperative) {
-      report_deadlock(block, index);
-    } else if (!pass_grid_barrier(block)) {
-      break;
+  bool slow_blocks_too = false;
+  for (int idle = 0; live > 0 && !grid.failed;) {
+    crew.deliver_some(false);
+    const Round round = run_round(crew, order, slow_blocks_too, live);
+    slow_blocks_too = false;
+    if (round.progress) {
+      idle = 0;
+    } else if (round.held_back) {
+      slow_blocks_too = true;
+    } else if (crew.transfers->under_way() > 0) {
+      crew.deliver_some(true);
+    } else if (!round.spinning || ++idle > kIdleRounds) {
+      report_deadlock(crew);
     }
   }
-  acquire(&block.order);
-  for (Thread& thread : block.threads) thread.fiber.destroy();
-  t_block = nullptr;
+  acquire(&crew.order);
+  for (Thread* thread : order) thread->fiber.destroy();
+  t_crew = nullptr;
 }
 
 }  // namespace
+
+void FreeMemory::operator()(void* p) const { std::free(p); }
+
+bool Wait::is_over() const {
+  switch (kind) {
+    case kBarrier: return static_cast<const Barrier*>(what)->generation != value;
+    case kMBarrier: return static_cast<const MBarrier*>(what)->phase != value;
+    case kCounter:
+      return static_cast<int>(__atomic_load_n(static_cast<const unsigned*>(what), __ATOMIC_ACQUIRE) -
+                              static_cast<unsigned>(value)) >= 0;
+    default: return true;
+  }
+}
+
+void Grid::fail(const std::string& why) {
+  std::lock_guard<std::mutex> lock(mutex);
+  if (!failed) message = why;
+  failed = true;
+}
+
+Thread& self() { return *const_cast<Thread*>(static_cast<const Thread*>(current)); }
+
+std::string describe(const Block& block) {
+  char text[64];
+  std::snprintf(text, sizeof(text), "block (%u, %u, %u)", block.index.x, block.index.y, block.index.z);
+  return text;
+}
+
+void wait_for(const Wait& wait) {
+  Thread& thread = self();
+  thread.wait = wait;
+  leave(false);
+  thread.wait = {};
+}
+
+bool arrive_at(Barrier& barrier, unsigned needed) {
+  release(&barrier);
+  if (++barrier.arrived < needed) return false;
+  barrier.arrived = 0;
+  ++barrier.generation;
+  return true;
+}
+
+void wait_at(Barrier& barrier, unsigned needed, const char* operation) {
+  flush_stores(self());
+  const uint64_t generation = barrier.generation;
+  if (!arrive_at(barrier, needed)) wait_for({Wait::kBarrier, &barrier, generation, operation});
+  acquire(&barrier);
+}
 
 void fail(const char* format, ...) {
   char text[512];
@@ -294,9 +273,14 @@ void fail(const char* format, ...) {
   va_start(arguments, format);
   std::vsnprintf(text, sizeof(text), format, arguments);
   va_end(arguments);
-  self().owner->grid->fail(text);
+  self().owner->crew->grid->fail(text);
   leave(true);
   std::abort();
+}
+
+void complain(Crew& crew, const std::string& what) {
+  if (current != nullptr) fail("%s", what.c_str());
+  crew.grid->fail(what);
 }
 
 void block_barrier() {
@@ -304,72 +288,113 @@ void block_barrier() {
   wait_at(block.barrier, static_cast<unsigned>(block.threads.size()), "__syncthreads");
 }
 
-void warp_barrier(unsigned mask, const char* operation) {
+void warp_collective(unsigned mask, const char* operation, void* mine, Perform perform) {
   Thread& thread = self();
   // A full mask in a warp that the block does not fill means the lanes that there are.
-  const unsigned existing = thread.warp_lanes == kWarp ? ~0u : (1u << thread.warp_lanes) - 1;
+  const unsigned present = mask & (thread.warp_lanes == kWarp ? ~0u : (1u << thread.warp_lanes) - 1);
   if ((mask >> thread.lane & 1) == 0) fail("%s: lane %u is not in its own mask 0x%08x", operation, thread.lane, mask);
-  wait_at(thread.warp->barrier(mask), static_cast<unsigned>(__builtin_popcount(mask & existing)), operation);
+  Barrier& barrier = thread.warp->barrier(mask);
+  if (barrier.arrived == 0) barrier.operation = operation;
+  if (barrier.operation != operation && std::strcmp(barrier.operation, operation) != 0) {
+    fail("%s and %s meet: the threads of a warp have diverged", barrier.operation, operation);
+  }
+  flush_stores(thread);
+  thread.warp->arguments[thread.lane] = mine;
+  if (barrier.arrived + 1 == static_cast<unsigned>(__builtin_popcount(present)) && perform != nullptr) {
+    acquire(&barrier);
+    perform(thread.warp->arguments, present);
+  }
+  wait_at(barrier, static_cast<unsigned>(__builtin_popcount(present)), operation);
 }
+
+void warp_barrier(unsigned mask, const char* operation) { warp_collective(mask, operation, nullptr, nullptr); }
 
 void grid_barrier() {
-  Thread& thread = self();
-  Grid& grid = *thread.owner->grid;
-  release(&grid.order);
-  thread.waits_for_grid = true;
-  leave(false);
-  acquire(&grid.order);
+  Crew& crew = *self().owner->crew;
+  if (!crew.grid->config.cooperative) fail("grid.sync() in a launch that is not cooperative");
+  wait_at(crew.grid_barrier, static_cast<unsigned>(crew.thread_count), "grid.sync()");
 }
 
-void yield() { leave(false); }
+void wait_for_count(const unsigned* counter, unsigned target) {
+  flush_stores(self());
+  const Wait wait{Wait::kCounter, counter, target, "a counter"};
+  if (!wait.is_over()) wait_for(wait);
+}
 
-void* lane_slot(unsigned lane) { return self().warp->slots[lane]; }
+void memory_fence() { flush_stores(self()); }
 
-void* dynamic_shared() { return self().owner->dynamic.get(); }
+void yield() {
+  self().yielded = true;
+  leave(false);
+}
 
-void* static_shared(const void* key, size_t bytes, size_t alignment) {
+void* dynamic_shared() {
   Block& block = *self().owner;
-  for (SharedArray& array : block.shared) {
+  return block.crew->grid->config.shared_bytes == 0 ? nullptr : block.shared.front().memory.get();
+}
+
+SharedArray& Block::static_array(const void* key, size_t bytes, size_t alignment) {
+  for (SharedArray& array : shared) {
     if (array.key == key) {
       acquire(array.memory.get());
-      return array.memory.get();
+      return array;
     }
   }
-  if (block.shared.size() == kSharedArrayLimit) fail("more than %zu shared arrays", kSharedArrayLimit);
-  block.shared_bytes += bytes;
-  if (block.shared_bytes - block.grid->shared_bytes > kStaticSharedLimit || block.shared_bytes > kSharedLimit) {
-    fail("too much shared memory: %zu bytes, %zu of them static", block.shared_bytes,
-         block.shared_bytes - block.grid->shared_bytes);
+  const size_t dynamic_bytes = crew->grid->config.shared_bytes;
+  const size_t limit = shared_memory_limit();
+  if (shared.size() == kSharedArrayLimit) fail("more than %zu shared arrays", kSharedArrayLimit);
+  static_bytes += bytes;
+  if (static_bytes > kStaticSharedLimit || static_bytes + dynamic_bytes > limit) {
+    fail("too much shared memory: %zu bytes, %zu of them static", static_bytes + dynamic_bytes, static_bytes);
   }
-  void* memory = block.shared.emplace_back(SharedArray{key, poisoned(bytes, alignment)}).memory.get();
-  release(memory);
-  return memory;
+  SharedArray& made = shared.emplace_back(SharedArray{key, bytes, alignment, poisoned(bytes, alignment)});
+  release(made.memory.get());
+  return made;
 }
 
-void launch(dim3 size, dim3 block_size, size_t shared_bytes, bool cooperative, const std::function<void()>& thread) {
-  const uint64_t threads = 1ull * block_size.x * block_size.y * block_size.z;
-  const uint64_t blocks = 1ull * size.x * size.y * size.z;
-  if (blocks == 0 || blocks > INT32_MAX || size.y > 65535 || size.z > 65535 || threads == 0 || threads > 1024 ||
-      shared_bytes > kSharedLimit || (cooperative && blocks > kCooperativeBlockLimit)) {
+SharedArray* Block::find(const void* p, size_t bytes) {
+  const char* at = static_cast<const char*>(p);
+  for (SharedArray& array : shared) {
+    const char* start = static_cast<const char*>(array.memory.get());
+    if (at >= start && at + bytes <= start + array.bytes) return &array;
+  }
+  return nullptr;
+}
+
+void* static_shared(const void* key, size_t bytes, size_t alignment) {
+  return self().owner->static_array(key, bytes, alignment).memory.get();
+}
+
+void launch(const LaunchConfig& config, const std::function<void()>& thread) {
+  const uint64_t threads = 1ull * config.block.x * config.block.y * config.block.z;
+  const uint64_t blocks = 1ull * config.grid.x * config.grid.y * config.grid.z;
+  if (blocks == 0 || blocks > INT32_MAX || config.grid.y > 65535 || config.grid.z > 65535 || threads == 0 ||
+      threads > 1024 || config.shared_bytes > shared_memory_limit() || config.cluster == 0 ||
+      config.grid.x % config.cluster != 0) {
     throw std::runtime_error("cuda emulator: invalid launch configuration");
   }
-  g_last_launch = {size, block_size};
-  Grid grid{size, block_size, shared_bytes, cooperative, &thread, static_cast<int>(blocks)};
+  if (config.shared_bytes > kStaticSharedLimit && !config.much_shared) {
+    throw std::runtime_error("cuda emulator: FB_LAUNCH with more than 48 KB of shared memory");
+  }
+  const uint64_t crew = config.cooperative ? blocks : config.cluster;
+  if (crew * threads > kCrewThreadLimit) throw std::runtime_error("cuda emulator: too many threads at the same time");
+  g_last_launch = {config.grid, config.block};
+  Grid grid{config, &thread, static_cast<int>(blocks)};
+  const int crews = static_cast<int>(blocks / crew);
   std::atomic<int> next{0};
   const auto work = [&] {
     static thread_local StackPool stacks;
-    for (int n; !grid.failed && (n = next++) < grid.blocks;) {
-      const unsigned index = static_cast<unsigned>(n);
-      run_block(grid, {index % size.x, index / size.x % size.y, index / (size.x * size.y)}, stacks);
+    for (int n; !grid.failed && (n = next++) < crews;) {
+      run_crew(grid, n * static_cast<int>(crew), static_cast<int>(crew), stacks);
     }
   };
-  const int workers = cooperative ? grid.blocks : std::min<int>(g_workers, grid.blocks);
+  const int workers = std::min<int>(g_workers, crews);
   if (workers == 1) {
     work();
   } else {
-    std::vector<std::thread> crew;
-    for (int n = 0; n < workers; ++n) crew.emplace_back(work);
-    for (std::thread& worker : crew) worker.join();
+    std::vector<std::thread> team;
+    for (int n = 0; n < workers; ++n) team.emplace_back(work);
+    for (std::thread& worker : team) worker.join();
   }
   if (grid.failed) throw std::runtime_error("cuda emulator: " + grid.message);
 }
@@ -381,6 +406,3 @@ void set_seed(unsigned seed) { g_seed = seed; }
 void set_workers(int workers) { g_workers = std::max(1, workers); }
 
 }  // namespace cuda_emulator
-
-// Launches throw, so there never is an error to fetch; what the launchers call instead of the CUDA runtime's.
-extern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }

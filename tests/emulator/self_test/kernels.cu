@@ -1,7 +1,7 @@
 // Small kernels that use every facility of the emulator, and broken twins of them. nvcc compiles this file too.
 //
 // kBroken makes the named mistake; the same template without it is right.
-#include "cuda/ptx.h"
+#include "cuda/mma.h"
 #include "kernels.h"
 
 namespace cg = cooperative_groups;

@@ -1,0 +1,49 @@
+// What launchers ask the CUDA runtime about the device.
+#include "device.h"
+
+#include <algorithm>
+
+#include "scheduler.h"
+
+namespace cuda_emulator {
+namespace {
+
+Device g_device;
+
+}  // namespace
+
+void set_device(const Device& device) { g_device = device; }
+
+const Device& device() { return g_device; }
+
+size_t shared_memory_limit() { return g_device.shared_bytes; }
+
+fuseblock::Residency resident_blocks(const fuseblock::Placement& placement, dim3 block, size_t shared_bytes) {
+  const fuseblock::DeviceLimits limits{g_device.clusters, g_device.cooperative, g_device.shared_bytes};
+  if (const char* why = refusal(limits, placement, shared_bytes)) return {0, why};
+  const unsigned by_threads = g_device.threads / std::max(1u, block.x * block.y * block.z);
+  const unsigned by_shared = static_cast<unsigned>((g_device.shared_bytes + 1024) / (shared_bytes + 1024));
+  const unsigned each = std::min({by_threads, by_shared, 32u});  // of a multiprocessor
+  if (placement.cluster <= 1) return residency(static_cast<int>(each) * g_device.multiprocessors, placement);
+  if (placement.cluster > g_device.largest_cluster) return residency(0, placement);
+  const unsigned neighbours = static_cast<unsigned>(g_device.neighbours);
+  const unsigned clusters = each * neighbours / placement.cluster * (static_cast<unsigned>(g_device.multiprocessors) / neighbours);
+  return residency(static_cast<int>(clusters * placement.cluster), placement);
+}
+
+cudaError_t launch_placed(const fuseblock::Placement& placement, dim3 grid, dim3 block, size_t shared_bytes,
+                          const std::function<void()>& thread) {
+  const fuseblock::Residency resident = resident_blocks(placement, block, shared_bytes);
+  if (resident.blocks == 0) {
+    return placement.cluster > 1 && g_device.clusters ? cudaErrorInvalidClusterSize : cudaErrorInvalidConfiguration;
+  }
+  const uint64_t blocks = 1ull * grid.x * grid.y * grid.z;
+  if (placement.cooperative && blocks > static_cast<uint64_t>(resident.blocks)) return cudaErrorCooperativeLaunchTooLarge;
+  launch({grid, block, shared_bytes, placement.cooperative, std::max(1u, placement.cluster), true}, thread);
+  return cudaSuccess;
+}
+
+}  // namespace cuda_emulator
+
+// Launches throw, so there never is an error to fetch; what the launchers call instead of the CUDA runtime's.
+extern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }
