@@ -29,6 +29,7 @@ HEAD = (
     "vs best peer",
     "of ceiling",
     "peak",
+    "saved",
     "error/bound",
 )
 _SIZES = {case.name: case.size for suite in SUITES for case in suite.cases}
@@ -51,7 +52,7 @@ def cells(row: Row) -> tuple[str, ...]:
     """A row as text; a row without speed-up says why instead."""
     head = (row.case, row.mode, row.provider)
     if row.seconds is None:
-        return (*head, row.status, "", row.reason, "", "", "", "")
+        return (*head, row.status, "", row.reason, "", "", "", "", "")
     spread = f"{(row.seconds.q75 - row.seconds.q25) / row.seconds.median:.0%}"
     stock = "RED" if row.status == RED else ""
     if row.speedup_stock is not None:
@@ -65,7 +66,17 @@ def cells(row: Row) -> tuple[str, ...]:
     median = seconds(row.seconds.median)
     if row.device_seconds is not None:
         median += f" (GPU {seconds(row.device_seconds.median)})"
-    return (*head, median, spread, stock, peer, ceiling, megabytes(row.tensor_peak), error)
+    return (
+        *head,
+        median,
+        spread,
+        stock,
+        peer,
+        ceiling,
+        megabytes(row.tensor_peak),
+        megabytes(row.saved),
+        error,
+    )
 
 
 def _style(row: Row) -> str:

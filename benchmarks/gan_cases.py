@@ -66,7 +66,15 @@ class GanCase:
             "kind": self.kind,
             "user": self.user,
             "penalty": self.penalty,
+            "stack": self.is_stack(),
         }
+
+    def is_stack(self) -> bool:
+        """Whether convolution, batch norm and LeakyReLU follow one another."""
+        with torch.device("meta"):
+            kinds = [type(module) for module in self.build().modules()]
+        triple = [nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU]
+        return any(kinds[k : k + 3] == triple for k in range(len(kinds)))
 
     def traffic(self) -> tuple[float, float]:
         """(multiply-adds of the convolutions, elements of all modules' inputs and outputs) of one forward pass."""

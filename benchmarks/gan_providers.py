@@ -1,4 +1,6 @@
-"""Who is measured on GAN cases: fuseblock after `fuseblock.fuse`, and stock PyTorch eager, channels-last and compiled."""
+"""Who is measured on GAN cases: fuseblock after `fuseblock.fuse`; stock PyTorch eager, channels-last, with in-place
+LeakyReLU, and compiled.
+"""
 
 from __future__ import annotations
 
@@ -63,6 +65,7 @@ class BlockProvider:
     default: bool = True
     channels_last: bool = False
     compiled: bool = False
+    inplace: bool = False
     backend: str | None = None
 
     def why_not(self, case: GanCase, mode: str, device: str, dtype: torch.dtype) -> str | None:
@@ -71,6 +74,8 @@ class BlockProvider:
             return "AOTAutograd does not support double backward"
         if self.compiled and case.spectral:
             return "not measured with spectral norm"
+        if self.inplace and not (mode == "train" and case.is_stack()):
+            return "measured in training steps of convolution, batch norm and LeakyReLU"
         wrong = {"cpu": "cuda", "cuda": "cpu", "triton": "cpu"}.get(self.backend or "")
         return f"runs no {device} tensors" if wrong == device else None
 
@@ -79,6 +84,9 @@ class BlockProvider:
         if problem.case.spectral and self.backend is not None:
             model = _batched_spectral_norm(problem)
         model.train(mode != "forward")
+        for module in model.modules():
+            if isinstance(module, nn.LeakyReLU):
+                module.inplace = self.inplace
         if self.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.backend is not None:
@@ -159,6 +167,7 @@ def _batched_spectral_norm(problem: GanProblem) -> nn.Module:
 PROVIDERS: tuple[BlockProvider, ...] = (
     BlockProvider("stock"),
     BlockProvider("stock:channels-last", channels_last=True),
+    BlockProvider("stock:inplace", inplace=True),
     BlockProvider("compile", compiled=True, default=False),
     BlockProvider("fuseblock", peer=False, backend="auto"),
     BlockProvider("fuseblock:channels-last", peer=False, channels_last=True, backend="auto"),

@@ -1,4 +1,5 @@
-"""Peak memory of one step, above what was held before it (parameters and inputs do not count; results do).
+"""Peak memory of one step, above what was held before it (parameters and inputs do not count; results do), and what it
+saves for its backward.
 
 * CUDA: the caching allocator's own high-water mark.
 * CPU, tensors: every allocation and release of PyTorch's CPU allocator during one step, as the profiler records them;
@@ -8,6 +9,8 @@
   provider. It sees everything that is touched: ONNX Runtime, oneDNN's scratch, the autograd graph. The kernel counts in
   batches of pages (resolution some 100 KiB) and blocks under 64 KiB may reuse memory freed before. One warm-up step runs
   first, freed memory is returned to the system and the mark is reset: caches that a provider keeps count as held before.
+* Saved for backward: the storages that autograd's saved-tensor hooks see, each once, without those that outlive the step
+  (parameters, inputs).
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -23,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _ROOT = Path(__file__).resolve().parents[1]
@@ -38,16 +43,33 @@ def peak_of_tensors(step: Callable[[], object], *, cuda: bool) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    return max(held_during(step))
+
+
+def held_during(step: Callable[[], object]) -> list[int]:
+    """Bytes that CPU tensors hold above those held before ``step()``: 0, and after each allocation and release in it."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
         step()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    changes = (event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()))
+    return list(itertools.accumulate(changes, initial=0))
+
+
+def saved_for_backward(step: Callable[[], object]) -> int:
+    """Bytes of the tensors that autograd saves during ``step()``, a training step; those held before do not count."""
+    saved: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    gc.collect()
+    return sum(size for reference, size in saved.values() if reference.expired())
 
 
 def _status(field: str) -> int:

@@ -108,7 +108,7 @@ def _ratio(spread: dict[str, float] | None) -> str:
 def _row_line(row: dict[str, Any]) -> tuple[list[str], str]:
     text = [row["case"], row["provider"]]
     if row["seconds"] is None:
-        return [*text, f"{row['status']}: {row['reason']}", *[""] * 7], ""
+        return [*text, f"{row['status']}: {row['reason']}", *[""] * 8], ""
     spread, device = row["seconds"], row["device_seconds"]
     error = _number(row["error_over_bound"]) or 0.0
     line = [
@@ -120,6 +120,7 @@ def _row_line(row: dict[str, Any]) -> tuple[list[str], str]:
         f"{row['gflops']:.3g} ({row['gemm_fraction']:.0%})",
         f"{row['gbytes']:.3g} ({row['copy_fraction']:.0%})",
         " / ".join(filter(None, [megabytes(row["tensor_peak"]), megabytes(row["process_peak"])])),
+        megabytes(row["saved"]),
         f"{error:.2f} {row['tensor']}",
     ]
     return line, "red" if row["status"] == "red" else "ours" if row["provider"] == OURS else ""
@@ -135,6 +136,7 @@ _HEAD = (
     "GFLOP/s (of GEMM)",
     "GB/s (of copy)",
     "peak: tensors / process",
+    "saved for backward",
     "error / bound",
 )
 

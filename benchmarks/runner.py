@@ -61,6 +61,7 @@ class Row:
 
     ``speedup_*`` are times of the other over ours, paired; None unless the row is green. ``best_peer`` is the fastest
     provider that is not fuseblock, red ones included (a peer with larger errors is still a peer, and marked).
+    ``saved``: what a training step saves for its backward.
     ``error_over_bound`` at most 1 is green; ``tensor`` is where it was reached.
     """
 
@@ -84,6 +85,7 @@ class Row:
     gbytes: float | None = None
     copy_fraction: float | None = None
     tensor_peak: int | None = None
+    saved: int | None = None
     process_peak: int | None = None
     error_over_bound: float | None = None
     tensor: str = ""
@@ -207,6 +209,8 @@ def _note_memory(row: Row, runnable: Runnable, settings: Settings) -> None:
     if row.provider != "onnxruntime":
         with runnable.context():
             row.tensor_peak = memory.peak_of_tensors(runnable.step, cuda=cuda)
+            if row.mode == "train":
+                row.saved = memory.saved_for_backward(runnable.step)
     if settings.rss and not cuda:
         try:
             row.process_peak = memory.in_fresh_process(

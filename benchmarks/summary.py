@@ -11,6 +11,8 @@ from benchmarks.providers import BASE
 from benchmarks.runner import GREEN, Row, ours
 
 Predicate = Callable[[dict[str, Any]], bool]
+#: Rows by provider, case and mode.
+Others = dict[tuple[str, str, str], Row]
 
 
 def _dense(sizes: dict[str, Any]) -> bool:
@@ -69,21 +71,29 @@ class Bar:
     name: str
     mode: str | None
     covers: Predicate
-    value: Callable[[Row, dict[tuple[str, str], Row]], float | None]
+    value: Callable[[Row, Others], float | None]
     least: float
     mean: bool = False
 
 
-def _stock(row: Row, base: dict[tuple[str, str], Row]) -> float | None:
+def _stock(row: Row, others: Others) -> float | None:
     return row.speedup_stock.median if row.speedup_stock else None
 
 
-def _peer(row: Row, base: dict[tuple[str, str], Row]) -> float | None:
+def _peer(row: Row, others: Others) -> float | None:
     return row.speedup_peer.median if row.speedup_peer else None
 
 
-def _memory(row: Row, base: dict[tuple[str, str], Row]) -> float | None:
-    stock = base.get((row.case, row.mode))
+def _saved(provider: str) -> Callable[[Row, Others], float | None]:
+    def ratio(row: Row, others: Others) -> float | None:
+        other = others.get((provider, row.case, row.mode))
+        return other.saved / row.saved if other is not None and other.saved and row.saved else None
+
+    return ratio
+
+
+def _memory(row: Row, others: Others) -> float | None:
+    stock = others.get((BASE, row.case, row.mode))
     if stock is None or not stock.tensor_peak or not row.tensor_peak:
         return None
     return stock.tensor_peak / row.tensor_peak
@@ -159,6 +169,20 @@ GAN_BARS: tuple[Bar, ...] = (
     Bar("R1 by itself, critic without norm: 1.3x stock", "penalty", _kind("r1"), _stock, 1.3),
     Bar("spectral norm of 8 layers: 2x stock", "train", _kind("spectral"), _stock, 2.0),
     Bar("any block, any mode: 0.95x stock", None, _every, _stock, 0.95),
+    Bar(
+        "saved for backward by conv, batch norm, LeakyReLU: a third less (ratio stock / ours)",
+        "train",
+        lambda s: s.get("stack", False),
+        _saved(BASE),
+        1.5,
+    ),
+    Bar(
+        "the same against LeakyReLU(inplace=True): not more (ratio in place / ours)",
+        "train",
+        lambda s: s.get("stack", False),
+        _saved("stock:inplace"),
+        1.0,
+    ),
 )
 
 
@@ -167,14 +191,14 @@ def bars(rows: list[Row], promised: tuple[Bar, ...] = BARS) -> list[dict[str, An
 
     A row that is not green, or has no figure, makes a bar that covers it missed.
     """
-    base = {(row.case, row.mode): row for row in rows if row.provider == BASE}
+    others = {(row.provider, row.case, row.mode): row for row in rows}
     result = []
     for bar in promised:
         figures: list[tuple[float, str]] = []
         without: list[str] = []
         for row in ours(rows):
             if (bar.mode is None or row.mode == bar.mode) and bar.covers(row.sizes):
-                value = bar.value(row, base)
+                value = bar.value(row, others)
                 if value is None or row.status != GREEN:
                     without.append(row.case)
                 else:

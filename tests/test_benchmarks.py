@@ -226,6 +226,28 @@ def test_tensor_peak_is_exact(bench):
     assert bench.memory.peak_of_tensors(step, cuda=False) == 3 * size
 
 
+def test_saved_for_backward_is_what_the_step_made_itself(bench):
+    x = torch.randn(100, requires_grad=True)
+
+    def step():
+        hidden = x.sin()  # saves x, which was there before
+        both = hidden * hidden, hidden.exp()  # save hidden, once, and the result of exp
+        return torch.autograd.grad(sum(both).sum(), x)
+
+    assert bench.memory.saved_for_backward(step) == 2 * x.nbytes
+
+
+def test_the_cases_of_conv_norm_and_leaky_relu(bench):
+    cases = bench.suites.GAN.cases
+    names = {case.name for case in cases if case.is_stack()}
+    assert names >= {"dcgan64-d2", "dcgan64-d", "wgan-gp-bn-96", "pix2pix-d", "srgan-d"}
+    assert not names & {"dcgan64-d1", "dcgan64-g3", "bn-lrelu", "srgan", "wgan-gp", "r3gan"}
+    inplace = next(p for p in bench.suites.GAN.providers if p.name == "stock:inplace")
+    for case in cases:
+        assert (inplace.why_not(case, "train", "cpu", torch.float32) is None) == (case.name in names)
+        assert inplace.why_not(case, "penalty", "cpu", torch.float32) is not None
+
+
 def test_process_peak_sees_what_is_touched(bench):
     if bench.memory.process_peak_available() is not None:
         pytest.skip(bench.memory.process_peak_available())
