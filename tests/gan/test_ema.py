@@ -8,7 +8,9 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
+import fuseblock
 from fuseblock import gan
 
 
@@ -54,6 +56,26 @@ def test_recurrence(warmup, buffers):
         assert ema.averages[name].dtype == value.dtype
         torch.testing.assert_close(ema.averages[name], value, rtol=1e-13, atol=1e-13)
     assert int(ema.averages["1.num_batches_tracked"]) == 24
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm")
+@pytest.mark.parametrize(
+    "normalize", [fuseblock.nn.spectral_norm, parametrizations.spectral_norm, nn.utils.spectral_norm]
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_vectors_of_spectral_norm_are_copied(normalize, nested):
+    layer = normalize(nn.Linear(3, 4))
+    layer.register_buffer("own", torch.zeros(2))
+    net = nn.Sequential(layer) if nested else layer
+    ema = gan.ExponentialMovingAverage(net, 0.5)
+    start = tensors(net)
+    move(net)
+    ema.update(net)
+    vectors = {name for name in start if name.endswith(("_u", "_v"))}
+    assert len(vectors) == 2 and len(start) == 5
+    for name, value in tensors(net).items():
+        expected = value if name in vectors else (start[name] + value) / 2
+        torch.testing.assert_close(ema.averages[name], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 
 class ExponentialMovingAverage:
@@ -16,7 +17,10 @@ class ExponentialMovingAverage:
         average = decay average + (1 - decay) value
 
     Averages start as the model's values. Those of float16 and bfloat16 tensors are kept in float32: in 16 bit a
-    step of 1e-3 would round to nothing. Integer and boolean buffers (``num_batches_tracked``) are copied.
+    step of 1e-3 would round to nothing. Integer and boolean buffers (``num_batches_tracked``) are copied, and so are the
+    vectors u and v of spectral norm, PyTorch's and fuseblock's: an average of unit vectors is none. They are the last
+    weights', so a spectral norm of averaged weights in eval mode is as good as these are near; a forward in training mode
+    brings u and v nearer.
 
     The model is passed to each call and not kept, so averages can be copied (``copy.deepcopy``), pickled and moved to
     another process alone. Under DistributedDataParallel pass the module inside.
@@ -26,7 +30,7 @@ class ExponentialMovingAverage:
         decay: in [0, 1]; the average looks back about 1 / (1 - decay) updates.
         warmup: use min(decay, (1 + n) / (10 + n)) in update n = 0, 1, ..., so that the first values are forgotten
             soon (as tf.train.ExponentialMovingAverage with num_updates).
-        buffers: "average" floating-point buffers, or "copy" them (power iteration vectors, say).
+        buffers: "average" floating-point buffers (but for spectral norm's u and v), or "copy" all.
 
     Attributes:
         averages: name to tensor, as in ``named_parameters`` and ``named_buffers``.
@@ -74,10 +78,12 @@ class ExponentialMovingAverage:
         """
         averaged: tuple[list[Tensor], list[Tensor]] = [], []
         copied: tuple[list[Tensor], list[Tensor]] = [], []
-        parameters = {name for name, _ in model.named_parameters()}
+        constant = _power_iteration_vectors(model)
+        if self.buffers == "copy":
+            constant = {name for name, _ in model.named_buffers()}
         for name, average, value in self._pairs(model):
             moves = average.is_floating_point() or average.is_complex()
-            chosen = averaged if moves and (name in parameters or self.buffers == "average") else copied
+            chosen = averaged if moves and name not in constant else copied
             chosen[0].append(average)
             chosen[1].append(value.to(average.dtype) if chosen is averaged else value)
         if averaged[0]:
@@ -154,6 +160,19 @@ class ExponentialMovingAverage:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _power_iteration_vectors(model: nn.Module) -> set[str]:
+    """Names of the buffers u and v of spectral norm, PyTorch's (parametrization and hook) and fuseblock's."""
+    names: set[str] = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, parametrizations._SpectralNorm):
+            vectors = ["_u", "_v"]
+        else:
+            weights = [name.removesuffix("_orig") for name in module._parameters if name.endswith("_orig")]
+            vectors = [f"{name}_{vector}" for name in weights for vector in "uv"]
+        names.update(f"{prefix}.{vector}" if prefix else vector for vector in vectors)
+    return names
 
 
 def _kept_dtype(tensor: Tensor) -> torch.dtype:
