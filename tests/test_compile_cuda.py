@@ -140,8 +140,37 @@ WARP_INSTRUCTIONS = [
 ]
 
 
-@pytest.mark.parametrize("architecture", ["80", "90a"])
-def test_warp_wrappers_are_single_instructions(architecture: str) -> None:
-    code = dump(compile_cubin(SELF_TEST / "warp.cu", architecture), "--dump-sass")
-    for instruction in WARP_INSTRUCTIONS:
+CLUSTER_INSTRUCTIONS = [
+    r"SYNCS\.EXCH\.64",  # mbarrier.init
+    r"SYNCS\.ARRIVE\.TRANS64",
+    r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT",
+    r"UCGABAR_ARV",
+    r"UCGABAR_WAIT",
+    r"STAS",  # st.async
+    r"UBLKCP\.S\.S",
+    r"UBLKCP\.S\.G\.MULTICAST",
+    r"UBLKCP\.G\.S",
+    r"FENCE\.VIEW\.ASYNC",
+]
+GRID_INSTRUCTIONS = [r"REDG?\.E\.ADD\S*\.STRONG\.GPU", r"LDG?\.E\S*\.STRONG\.GPU", r"NANOSLEEP"]
+
+
+@pytest.mark.parametrize(
+    ("source", "architecture", "instructions"),
+    [
+        ("warp", "80", WARP_INSTRUCTIONS),
+        ("warp", "90a", WARP_INSTRUCTIONS),
+        ("cluster", "90a", CLUSTER_INSTRUCTIONS),
+        ("grid", "80", GRID_INSTRUCTIONS),
+        ("grid", "90a", GRID_INSTRUCTIONS),
+    ],
+)
+def test_wrappers_are_single_instructions(source: str, architecture: str, instructions: list[str]) -> None:
+    code = dump(compile_cubin(SELF_TEST / f"{source}.cu", architecture), "--dump-sass")
+    for instruction in instructions:
         assert re.search(instruction, code), f"{instruction} is not in sm_{architecture}'s code"
+
+
+def test_kernels_of_clusters_are_empty_where_there_are_none() -> None:
+    usage = dump(compile_cubin(SELF_TEST / "cluster.cu", "80"), "--dump-resource-usage")
+    assert set(re.findall(r"SHARED:(\d+)", usage)) == {"0"}

@@ -31,7 +31,8 @@ inline const char* refusal(const DeviceLimits& device, const Placement& placemen
 
 inline Residency residency(int blocks, const Placement& placement) {
   if (blocks > 0) return {blocks, nullptr};
-  return {0, placement.cluster > 1 ? "a cluster of this size does not fit on this GPU" : "a block does not fit on this GPU"};
+  if (placement.cluster > 1) return {0, "a cluster of this size does not fit on this GPU"};
+  return {0, "a block does not fit on this GPU"};
 }
 
 }  // namespace fuseblock

@@ -16,7 +16,8 @@ void complete_phase(MBarrier& barrier) {
   if (barrier.pending != 0 || barrier.bytes != 0) return;
   for (const Thread& thread : barrier.owner->threads) {
     if (thread.wait.kind == Wait::kMBarrier && thread.wait.what == &barrier && thread.wait.value != barrier.phase) {
-      return complain(*barrier.owner->crew, describe(barrier) + " ends before a thread that waits for the phase before it has seen that");
+      return complain(*barrier.owner->crew,
+                      describe(barrier) + " ends before a thread that waits for the phase before it has seen that");
     }
   }
   ++barrier.phase;
@@ -52,7 +53,8 @@ void check_reachable(const Block& block, const char* operation) {
 std::string describe(const MBarrier& barrier) {
   const SharedArray* array = barrier.owner->find(barrier.address, 8);
   char text[200];
-  std::snprintf(text, sizeof(text), "the mbarrier at byte %td of %s shared memory of %s in phase %llu (%u of %u arrivals and %lld bytes missing)",
+  std::snprintf(text, sizeof(text),
+                "the mbarrier at byte %td of %s shared memory of %s in phase %llu (%u of %u arrivals and %lld bytes missing)",
                 static_cast<char*>(barrier.address) - static_cast<char*>(array->memory.get()),
                 array->key == nullptr ? "dynamic" : "static", describe(*barrier.owner).c_str(),
                 static_cast<unsigned long long>(barrier.phase), barrier.pending, barrier.arrivals,
@@ -69,7 +71,9 @@ void complete_bytes(MBarrier& barrier, uint32_t bytes) {
 Block& find_block(const void* p, size_t bytes, size_t alignment, const char* operation) {
   check_alignment(p, alignment, operation);
   Block* const block = owner_of(p, bytes);
-  if (block == nullptr) fail("%s: %zu bytes at %p are not in the shared memory of one block of the cluster", operation, bytes, p);
+  if (block == nullptr) {
+    fail("%s: %zu bytes at %p are not in the shared memory of one block of the cluster", operation, bytes, p);
+  }
   check_reachable(*block, operation);
   return *block;
 }
@@ -100,22 +104,22 @@ void check_cluster(const void* p, size_t bytes, size_t alignment, const char* op
   flush_stores(self());
 }
 
-char* cluster_pointer(const void* p, unsigned rank) {
+ClusterPlace cluster_place(const void* p, unsigned rank) {
   Block& mine = *self().owner;
   if (rank >= mine.cluster->blocks.size()) fail("mapa: the cluster has no block %u", rank);
   const SharedArray* array = mine.find(p, 1);
   if (array == nullptr) fail("mapa: %p is not in the block's shared memory", p);
   Block& other = *mine.cluster->blocks[rank];
-  void* const start = array->key == nullptr ? other.shared.front().memory.get()
-                                            : other.static_array(array->key, array->bytes, array->alignment).memory.get();
-  return static_cast<char*>(start) + (static_cast<const char*>(p) - static_cast<const char*>(array->memory.get()));
+  const SharedArray& there =
+      array->key == nullptr ? other.shared.front() : other.static_array(array->key, array->bytes, array->alignment);
+  char* const begin = static_cast<char*>(there.memory.get());
+  return {begin + (static_cast<const char*>(p) - static_cast<const char*>(array->memory.get())), begin, begin + there.bytes};
 }
 
 void cluster_arrive() {
   Thread& thread = self();
   Cluster& cluster = *thread.owner->cluster;
   if (thread.at_cluster_barrier) fail("barrier.cluster.arrive: a thread arrives twice without a wait");
-  flush_stores(thread);
   thread.at_cluster_barrier = true;
   thread.cluster_generation = cluster.barrier.generation;
   arrive_at(cluster.barrier, static_cast<unsigned>(cluster.blocks.size() * thread.owner->threads.size()));
@@ -156,17 +160,25 @@ void mbarrier_invalidate(void* mbarrier) {
   word(barrier) = ~0ull;
 }
 
-void mbarrier_arrive(void* mbarrier, const char* operation) {
-  flush_stores(self());
-  MBarrier& barrier = find_mbarrier(mbarrier, operation);
-  if (barrier.pending == 0) fail("%s: one arrival too many at %s", operation, describe(barrier).c_str());
-  release(&barrier);
+void count_arrival(MBarrier& barrier, const char* operation) {
+  if (barrier.pending == 0) {
+    return complain(*barrier.owner->crew, std::string(operation) + ": one arrival too many at " + describe(barrier));
+  }
   --barrier.pending;
   complete_phase(barrier);
 }
 
+void mbarrier_arrive(void* mbarrier, const char* operation) {
+  flush_stores(self());
+  MBarrier& barrier = find_mbarrier(mbarrier, operation);
+  if (barrier.owner != self().owner) fail("%s: the mbarrier is another block's", operation);
+  release(&barrier);
+  count_arrival(barrier, operation);
+}
+
 void mbarrier_expect(void* mbarrier, uint32_t bytes, const char* operation) {
   MBarrier& barrier = find_mbarrier(mbarrier, operation);
+  if (barrier.owner != self().owner) fail("%s: the mbarrier is another block's", operation);
   barrier.bytes += bytes;
   check_bytes(barrier);
   complete_phase(barrier);

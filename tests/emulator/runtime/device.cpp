@@ -27,7 +27,8 @@ fuseblock::Residency resident_blocks(const fuseblock::Placement& placement, dim3
   if (placement.cluster <= 1) return residency(static_cast<int>(each) * g_device.multiprocessors, placement);
   if (placement.cluster > g_device.largest_cluster) return residency(0, placement);
   const unsigned neighbours = static_cast<unsigned>(g_device.neighbours);
-  const unsigned clusters = each * neighbours / placement.cluster * (static_cast<unsigned>(g_device.multiprocessors) / neighbours);
+  const unsigned groups = static_cast<unsigned>(g_device.multiprocessors) / neighbours;
+  const unsigned clusters = each * neighbours / placement.cluster * groups;
   return residency(static_cast<int>(clusters * placement.cluster), placement);
 }
 

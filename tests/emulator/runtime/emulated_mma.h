@@ -98,7 +98,8 @@ void load_matrices(uint32_t (&r)[N], const void* row) {
 }
 
 inline void need_whole_warp(const char* operation) {
-  if (cuda_emulator::current->warp_lanes != 32) cuda_emulator::fail("%s in a warp of %u lanes", operation, cuda_emulator::current->warp_lanes);
+  const unsigned lanes = cuda_emulator::current->warp_lanes;
+  if (lanes != 32) cuda_emulator::fail("%s in a warp of %u lanes", operation, lanes);
 }
 
 }  // namespace emulated
@@ -145,7 +146,9 @@ inline uint32_t movmatrix_transposed(uint32_t r) {
   emulated::need_whole_warp("movmatrix");
   cuda_emulator::warp_collective(0xffffffffu, "movmatrix", &mine, [](void* const* lanes, unsigned) {
     uint16_t matrix[8][8];
-    for (int lane = 0; lane < 32; ++lane) std::memcpy(&matrix[lane / 4][lane % 4 * 2], &static_cast<Lane*>(lanes[lane])->in, 4);
+    for (int lane = 0; lane < 32; ++lane) {
+      std::memcpy(&matrix[lane / 4][lane % 4 * 2], &static_cast<Lane*>(lanes[lane])->in, 4);
+    }
     for (int lane = 0; lane < 32; ++lane) {
       const uint16_t pair[2] = {matrix[lane % 4 * 2][lane / 4], matrix[lane % 4 * 2 + 1][lane / 4]};
       std::memcpy(&static_cast<Lane*>(lanes[lane])->out, pair, sizeof(pair));

@@ -28,13 +28,19 @@ void copy_async_commit();
 void copy_async_wait(uint64_t groups_left);
 void copy_async_wait_all();
 
-// The address in the shared memory of block `rank` of the cluster that p is in this block's.
-char* cluster_pointer(const void* p, unsigned rank);
+// A place in a shared array.
+struct ClusterPlace {
+  char *at, *begin, *end;
+};
+// Where p, in this block's shared memory, is in block `rank` of the cluster.
+ClusterPlace cluster_place(const void* p, unsigned rank);
 // barrier.cluster
 void cluster_arrive();
 void cluster_wait();
 // st.shared::cluster: arrives at the latest when this thread does something that orders memory.
 void store_remote(void* destination, const void* value, uint32_t bytes);
+// A store to global memory that arrives in the same way.
+void store_global(void* destination, const void* value, uint32_t bytes);
 // st.async
 void store_async(void* destination, const void* value, uint32_t bytes, void* mbarrier);
 // cp.async.bulk to shared memory of the cluster; the source lies in this block's shared memory or in global memory.
@@ -46,7 +52,8 @@ void copy_bulk_wait(uint64_t groups_left);
 
 void mbarrier_init(void* mbarrier, unsigned arrivals);
 void mbarrier_invalidate(void* mbarrier);
-// The mbarrier may be another block's.
+// An arrival at an mbarrier of any block of the cluster, which takes its time.
+void mbarrier_arrive_remote(void* mbarrier);
 void mbarrier_arrive(void* mbarrier, const char* operation);
 void mbarrier_expect(void* mbarrier, uint32_t bytes, const char* operation);
 bool mbarrier_try_wait(void* mbarrier, unsigned parity);

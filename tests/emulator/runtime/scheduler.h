@@ -78,12 +78,13 @@ struct Wait {
 // An asynchronous copy or a remote store that has not arrived yet. Source and destination are touched when it arrives.
 struct Transfer {
   const char* operation;
-  char* destination;
-  const char* source = nullptr;  // null: `value`
+  void* destination = nullptr;
+  const void* source = nullptr;  // null: `value`
   unsigned char value[16] = {};
   uint32_t bytes, zeros = 0;              // zeros follow the bytes
   Block *from = nullptr, *to = nullptr;   // whose shared memory is read and written, or null
   MBarrier* completes = nullptr;          // told of the bytes that have arrived, or null
+  bool arrival = false;                   // no bytes: a thread's arrival at `completes`
   Thread* stores_of = nullptr;            // whose stores arrive in order of issue, or null
   uint64_t group = 0;                     // of its thread's copies
   uint32_t position = 0;                  // in the pool's list of what is under way
@@ -239,6 +240,8 @@ std::string check_exit(const Block& block);
 TransferPool* transfer_pool();
 // Fails in the running thread or, where the hardware itself finds fault, the launch.
 void complain(Crew& crew, const std::string& what);
+// A thread has arrived.
+void count_arrival(MBarrier& barrier, const char* operation);
 // Bytes of a transfer have arrived.
 void complete_bytes(MBarrier& barrier, uint32_t bytes);
 // The mbarrier at p in a block of the cluster; fails if there is none.

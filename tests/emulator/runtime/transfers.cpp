@@ -19,9 +19,9 @@ T* reserve(uint32_t count) {
 void move_bytes(void* argument) {
   Transfer& transfer = *static_cast<Transfer*>(argument);
   acquire(&transfer);
-  const void* const source = transfer.source == nullptr ? static_cast<const void*>(transfer.value) : transfer.source;
-  std::memcpy(transfer.destination, source, transfer.bytes);
-  if (transfer.zeros > 0) std::memset(transfer.destination + transfer.bytes, 0, transfer.zeros);
+  const void* const source = transfer.source == nullptr ? transfer.value : transfer.source;
+  if (transfer.bytes > 0) std::memcpy(transfer.destination, source, transfer.bytes);
+  if (transfer.zeros > 0) std::memset(static_cast<char*>(transfer.destination) + transfer.bytes, 0, transfer.zeros);
   release(&transfer);
   if (transfer.completes != nullptr) release(transfer.completes);
 }
@@ -35,16 +35,19 @@ void deliver(Crew& crew, uint32_t number) {
     transfer.bytes = part;
     as_copy_engine(move_bytes, &transfer);
     transfer.bytes = whole - part;
-    transfer.destination += part;
-    if (transfer.source != nullptr) transfer.source += part;
+    transfer.destination = static_cast<char*>(transfer.destination) + part;
+    if (transfer.source != nullptr) transfer.source = static_cast<const char*>(transfer.source) + part;
     return complete_bytes(*transfer.completes, part);
   }
   as_copy_engine(move_bytes, &transfer);
   pool.arrived(number);
-  MBarrier* const completes = transfer.completes;
-  const uint32_t bytes = transfer.bytes;
-  if (!transfer.owned) pool.give_back(number);
-  if (completes != nullptr) complete_bytes(*completes, bytes);
+  const Transfer done = transfer;
+  if (!done.owned) pool.give_back(number);
+  if (done.arrival) {
+    count_arrival(*done.completes, done.operation);
+  } else if (done.completes != nullptr) {
+    complete_bytes(*done.completes, done.bytes);
+  }
 }
 
 // What the list holds up to that group arrives, and is forgotten.
@@ -165,7 +168,8 @@ std::string check_exit(const Block& block) {
 
 void copy_async(void* destination, const void* source, uint32_t bytes, uint32_t zeros) {
   Thread& thread = self();
-  issue({.operation = "cp.async", .destination = static_cast<char*>(destination), .source = static_cast<const char*>(source), .bytes = bytes, .zeros = zeros, .to = thread.owner},
+  issue({.operation = "cp.async", .destination = destination, .source = source, .bytes = bytes, .zeros = zeros,
+         .to = thread.owner},
         &thread.copies);
 }
 
@@ -181,11 +185,23 @@ void copy_async_wait_all() { finish(*self().owner->crew, self().copies, ~0ull); 
 
 void store_remote(void* destination, const void* value, uint32_t bytes) {
   const char* const operation = "st.shared::cluster";
-  Thread& thread = self();
-  Transfer transfer{.operation = operation, .destination = static_cast<char*>(destination), .bytes = bytes,
+  Transfer transfer{.operation = operation, .destination = destination, .bytes = bytes,
                     .to = &find_block(destination, bytes, bytes, operation)};
   std::memcpy(transfer.value, value, bytes);
-  issue(transfer, &thread.stores);
+  issue(transfer, &self().stores);
+}
+
+void store_global(void* destination, const void* value, uint32_t bytes) {
+  Transfer transfer{.operation = "st.global", .destination = destination, .bytes = bytes};
+  std::memcpy(transfer.value, value, bytes);
+  issue(transfer, &self().stores);
+}
+
+void mbarrier_arrive_remote(void* mbarrier) {
+  const char* const operation = "mbarrier.arrive.shared::cluster";
+  flush_stores(self());
+  MBarrier& barrier = find_mbarrier(mbarrier, operation);
+  issue({.operation = operation, .bytes = 0, .to = barrier.owner, .completes = &barrier, .arrival = true}, nullptr);
 }
 
 void store_async(void* destination, const void* value, uint32_t bytes, void* mbarrier) {
@@ -193,7 +209,8 @@ void store_async(void* destination, const void* value, uint32_t bytes, void* mba
   Block& to = find_block(destination, bytes, bytes, operation);
   MBarrier& completes = find_mbarrier(mbarrier, operation);
   if (completes.owner != &to) fail("%s: the mbarrier is not in the block that receives the data", operation);
-  Transfer transfer{.operation = operation, .destination = static_cast<char*>(destination), .bytes = bytes, .to = &to, .completes = &completes};
+  Transfer transfer{.operation = operation, .destination = destination, .bytes = bytes, .to = &to,
+                    .completes = &completes};
   std::memcpy(transfer.value, value, bytes);
   issue(transfer, nullptr);
 }
@@ -210,8 +227,8 @@ void copy_bulk(void* destination, const void* source, uint32_t bytes, void* mbar
   MBarrier& completes = find_mbarrier(mbarrier, operation);
   if (completes.owner != &to) fail("%s: the mbarrier is not in the block that receives the data", operation);
   if (bytes == 0) return;
-  issue({.operation = operation, .destination = static_cast<char*>(destination), .source = static_cast<const char*>(source), .bytes = bytes, .from = from_shared ? self().owner : nullptr, .to = &to,
-         .completes = &completes},
+  issue({.operation = operation, .destination = destination, .source = source, .bytes = bytes,
+         .from = from_shared ? self().owner : nullptr, .to = &to, .completes = &completes},
         nullptr);
 }
 
@@ -222,7 +239,7 @@ void copy_bulk_to_global(void* destination, const void* source, uint32_t bytes) 
   check_alignment(destination, 16, operation);
   Thread& thread = self();
   if (bytes == 0) return;
-  issue({.operation = operation, .destination = static_cast<char*>(destination), .source = static_cast<const char*>(source), .bytes = bytes, .from = thread.owner},
+  issue({.operation = operation, .destination = destination, .source = source, .bytes = bytes, .from = thread.owner},
         &thread.bulk);
 }
 

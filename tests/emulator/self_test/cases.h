@@ -9,3 +9,5 @@ using Cases = std::map<std::string, std::function<void()>>;
 
 void add_basic_cases(Cases& cases);
 void add_warp_cases(Cases& cases);
+void add_cluster_cases(Cases& cases);
+void add_grid_cases(Cases& cases);

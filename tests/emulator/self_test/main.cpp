@@ -1,4 +1,5 @@
-// Runs self-tests: `self_test NAME [SEED [SEEDS]]`. Prints what the kernel computed, or the emulator's complaint and exits 1.
+// Runs self-tests: `self_test NAME [SEED [SEEDS]]`. Prints what the kernel computed, or the emulator's complaint; then
+// exits 1.
 // With SEEDS it is run with that many seeds, up to the first complaint.
 #include <cstdio>
 #include <stdexcept>
@@ -10,6 +11,8 @@ int main(int argc, char** argv) {
   Cases cases;
   add_basic_cases(cases);
   add_warp_cases(cases);
+  add_cluster_cases(cases);
+  add_grid_cases(cases);
   const auto found = cases.find(argc > 1 ? argv[1] : "");
   if (found == cases.end()) {
     std::printf("no self-test is called so\n");
