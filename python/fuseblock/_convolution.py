@@ -38,6 +38,17 @@ class Geometry(NamedTuple):
     groups: int
 
 
+def check_devices(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise RuntimeError where the tensors are not on one device: PyTorch's convolution takes meta tensors beside others
+    and returns memory that nobody has written.
+    """
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if isinstance(tensor, Tensor) and isinstance(input, Tensor) and tensor.device != input.device:
+            raise RuntimeError(
+                f"convolution: expected {name} on {input.device}, as input, got {tensor.device}"
+            )
+
+
 def with_second_order(y: Tensor) -> Tensor:
     """``y``, with the second derivative of this file if PyTorch's convolution has just made it, else as it is.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._convolution import with_second_order
+from .._convolution import check_devices, with_second_order
 
 __all__ = ["conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d"]
 
@@ -33,8 +33,9 @@ def conv1d(
         (N, C_out, L') or (C_out, L').
 
     Raises:
-        RuntimeError, ValueError, TypeError: what PyTorch raises for the same arguments.
+        RuntimeError: tensors on several devices. RuntimeError, ValueError, TypeError: what PyTorch raises.
     """
+    check_devices(input, weight, bias)
     return with_second_order(torch.conv1d(input, weight, bias, stride, padding, dilation, groups))  # type: ignore[call-overload]
 
 
@@ -63,8 +64,9 @@ def conv2d(
         (N, C_out, H', W') or (C_out, H', W'), in the memory format that PyTorch gives.
 
     Raises:
-        RuntimeError, ValueError, TypeError: what PyTorch raises for the same arguments.
+        RuntimeError: tensors on several devices. RuntimeError, ValueError, TypeError: what PyTorch raises.
     """
+    check_devices(input, weight, bias)
     return with_second_order(torch.conv2d(input, weight, bias, stride, padding, dilation, groups))  # type: ignore[call-overload]
 
 
@@ -88,8 +90,9 @@ def conv_transpose1d(
         (N, C_out, L') or (C_out, L').
 
     Raises:
-        RuntimeError, ValueError, TypeError: what PyTorch raises for the same arguments.
+        RuntimeError: tensors on several devices. RuntimeError, ValueError, TypeError: what PyTorch raises.
     """
+    check_devices(input, weight, bias)
     return with_second_order(
         torch.conv_transpose1d(input, weight, bias, stride, padding, output_padding, groups, dilation)  # type: ignore[arg-type]
     )
@@ -115,8 +118,9 @@ def conv_transpose2d(
         (N, C_out, H', W') or (C_out, H', W').
 
     Raises:
-        RuntimeError, ValueError, TypeError: what PyTorch raises for the same arguments.
+        RuntimeError: tensors on several devices. RuntimeError, ValueError, TypeError: what PyTorch raises.
     """
+    check_devices(input, weight, bias)
     return with_second_order(
         torch.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)  # type: ignore[arg-type]
     )

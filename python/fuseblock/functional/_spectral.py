@@ -56,7 +56,8 @@ def spectral_norm(
         number of times, with u and v as constants.
 
     Raises:
-        ValueError: the numbers of tensors differ, a shape does not fit, or ``n_power_iterations`` is negative.
+        ValueError: the numbers of tensors differ, a shape, device or dim does not fit, ``n_power_iterations`` is negative.
+        TypeError: integer weights.
     """
     dims = [0] * len(weights) if dims is None else list(dims)
     if not len(weights) == len(us) == len(vs) == len(dims):
@@ -67,6 +68,15 @@ def spectral_norm(
     if n_power_iterations < 0:
         raise ValueError(f"spectral_norm: expected n_power_iterations >= 0, got {n_power_iterations}")
     for w, u, v, dim in zip(weights, us, vs, dims, strict=True):
+        if not (w.is_floating_point() or w.is_complex()):
+            raise TypeError(f"spectral_norm: expected floating point or complex weights, got {w.dtype}")
+        if not weights[0].device == w.device == u.device == v.device:
+            raise ValueError(
+                f"spectral_norm: expected weights, us and vs on {weights[0].device}, as the first weight, "
+                f"got {w.device}, {u.device}, {v.device}"
+            )
+        if w.dim() >= 2 and not -w.dim() <= dim < w.dim():
+            raise ValueError(f"spectral_norm: expected dim to be one of the {w.dim()} of a weight, got {dim}")
         if w.dim() < 2 or u.shape != (w.shape[dim],) or u.numel() * v.numel() != w.numel() or v.dim() != 1:
             raise ValueError(
                 "spectral_norm: expected a weight of two or more dimensions, u of its output channels, v of the rest, "
@@ -76,7 +86,7 @@ def spectral_norm(
         return ()
     dims = [dim % w.dim() for w, dim in zip(weights, dims, strict=True)]
     device = weights[0].device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return _normalized(weights, us, vs, dims, n_power_iterations, eps)
     return _normalized(weights, us, vs, dims, n_power_iterations, eps)

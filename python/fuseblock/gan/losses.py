@@ -10,8 +10,9 @@ taken in float32 for float16 and bfloat16 logits, and is float32 then; else it h
 S(x) = log(1 + exp(x)), so that -log sigmoid(x) = S(-x) and -log(1 - sigmoid(x)) = S(x): nothing saturates or overflows
 before the logits do, and every order of gradient exists, in forward mode too. Infinite and NaN logits travel into the loss.
 
-All functions raise TypeError unless logits are real floating-point tensors, and ValueError for empty ones. The relativistic
-losses need ``real_logits`` on the generator's side too, and raise ValueError without; the others ignore them.
+All functions raise TypeError unless logits are real floating-point tensors, and ValueError for empty ones or those of two
+devices. The relativistic losses need ``real_logits`` on the generator's side too, and raise ValueError without; the others
+ignore them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ def _both(real_logits: Tensor | None, fake_logits: Tensor, *, paired: bool = Fal
     if real_logits is None:
         raise ValueError("a relativistic loss compares fake with real: the generator needs real_logits too")
     real, fake = _logits(real_logits, "real_logits"), _logits(fake_logits, "fake_logits")
+    if real.device != fake.device:
+        raise ValueError(
+            f"expected real_logits and fake_logits on one device, got {real.device} and {fake.device}"
+        )
     if paired and real.shape != fake.shape:
         raise ValueError(
             "the relativistic loss pairs real with fake: expected logits of one shape, "

@@ -89,12 +89,14 @@ def interpolate(real: Tensor, fake: Tensor, *, generator: torch.Generator | None
 
     Raises:
         TypeError: samples that are not floating point.
-        ValueError: ``real`` and ``fake`` of different shapes.
+        ValueError: ``real`` and ``fake`` of different shapes or devices.
     """
     if real.shape != fake.shape:
         raise ValueError(
             f"expected real and fake of one shape, got {tuple(real.shape)} and {tuple(fake.shape)}"
         )
+    if real.device != fake.device:
+        raise ValueError(f"expected real and fake on one device, got {real.device} and {fake.device}")
     start, end = _leaf(fake, "fake").detach(), _leaf(real, "real").detach()
     weight = torch.rand(
         (len(real), *(1,) * (real.dim() - 1)),
@@ -133,7 +135,7 @@ def wgan_gp_penalty(
 
     Raises:
         TypeError: samples that are not floating point.
-        ValueError: ``real`` and ``fake`` of different shapes, without a batch dimension, or empty.
+        ValueError: ``real`` and ``fake`` of different shapes or devices, without a batch dimension, or empty.
     """
     samples = interpolate(real, fake, generator=generator).requires_grad_()
     squared = squared_gradient_norm(discriminator(samples), samples, grad_scale=grad_scale)

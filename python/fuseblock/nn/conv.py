@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._convolution import with_second_order
+from .._convolution import check_devices, with_second_order
 
 
 class Conv1d(torch.nn.Conv1d):
@@ -15,6 +15,7 @@ class Conv1d(torch.nn.Conv1d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        check_devices(input, weight, bias)
         return with_second_order(super()._conv_forward(input, weight, bias))
 
 
@@ -37,6 +38,7 @@ class Conv2d(torch.nn.Conv2d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        check_devices(input, weight, bias)
         return with_second_order(super()._conv_forward(input, weight, bias))
 
 
@@ -48,6 +50,7 @@ class ConvTranspose1d(torch.nn.ConvTranspose1d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The transposed convolution; ``output_size`` resolves its ambiguous size, as in `torch.nn`."""
+        check_devices(input, self.weight, self.bias)
         return with_second_order(super().forward(input, output_size))
 
 
@@ -59,4 +62,5 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The transposed convolution; ``output_size`` resolves its ambiguous size, as in `torch.nn`."""
+        check_devices(input, self.weight, self.bias)
         return with_second_order(super().forward(input, output_size))
