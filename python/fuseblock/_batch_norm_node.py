@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _ext, dispatch
 from ._activations import number
-from ._library import plain_eager, state_dtype, wants_gradient
+from ._library import backward_is_seen, plain_eager, state_dtype, wants_gradient
 from .launch.batch_norm_act import dense, dense_like, is_masked, needs_residual
 from .ops import batch_norm_act_bwd
 
@@ -129,7 +129,7 @@ class _BatchNormAct(torch.autograd.Function):
         # The gradient of a residual before no activation is dy itself.
         is_identity = activation == "identity"
         wants = want_x, want_weight or want_bias or want_slope, want_residual and not is_identity
-        if torch.is_grad_enabled():
+        if backward_is_seen():
             count = mean.new_full((), x.numel() // x.shape[1])
             saved = x, weight, bias, residual, slope, mean, invstd, count, mask
             with dispatch.backend(ctx.forced):

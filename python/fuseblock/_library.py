@@ -33,6 +33,14 @@ def forward_mode_active() -> bool:
     return forward_ad._current_level >= 0
 
 
+def backward_is_seen() -> bool:
+    """Whether the running backward is itself recorded, or forward mode is on, whose tangents kernels would drop.
+
+    Then an autograd node that else calls kernels has to run on operators.
+    """
+    return torch.is_grad_enabled() or forward_mode_active()
+
+
 def plain_eager(tensors: Iterable[Any]) -> bool:
     """Whether a call is plain eager execution: no tracing, transform, forward mode, dispatch mode, autocast, subclass.
 
@@ -59,6 +67,21 @@ def plain_eager(tensors: Iterable[Any]) -> bool:
 def wants_gradient(tensors: Iterable[Any]) -> bool:
     """Whether autograd records a call on these tensors."""
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
+
+
+def opaque(schema: str, *, impl: Formula, fake: Formula) -> Any:
+    """An operator without derivative that compilers do not look into; returns it.
+
+    Args:
+        schema: the schema without namespace.
+        impl: runs on real tensors.
+        fake: shapes and dtypes for tracing.
+    """
+    name = schema.split("(", 1)[0]
+    _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIB.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIB)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 class DifferentiableOp:

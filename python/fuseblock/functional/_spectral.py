@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _ext, dispatch
-from .._library import forward_mode_active, wants_gradient
+from .._library import backward_is_seen, forward_mode_active, opaque, wants_gradient
 
 __all__ = ["spectral_norm"]
 
@@ -57,7 +57,9 @@ def spectral_norm(
 
     Raises:
         ValueError: the numbers of tensors differ, a shape, device or dim does not fit, ``n_power_iterations`` is negative.
-        TypeError: integer weights.
+        TypeError: integer weights. fuseblock.BackendError: the forced backend cannot run the call: "cpu" takes contiguous
+            float32 or float64 tensors on a CPU, outside of compilers, transforms and forward mode; "triton" and "cuda" have no
+            kernels. (By itself a call that the CPU kernel cannot run takes batched PyTorch operations.)
     """
     dims = [0] * len(weights) if dims is None else list(dims)
     if not len(weights) == len(us) == len(vs) == len(dims):
@@ -95,12 +97,27 @@ def spectral_norm(
 def _normalized(
     weights: _Tensors, us: _Tensors, vs: _Tensors, dims: list[int], n_power_iterations: int, eps: float
 ) -> tuple[Tensor, ...]:
+    _check_backend(weights, us, vs)
     if _plain_equations(weights):
         return _reference(weights, us, vs, dims, n_power_iterations, eps)
     kernels = _kernels(weights, us, vs)
     if wants_gradient(weights):
         return _Normalize.apply(kernels, us, vs, dims, n_power_iterations, eps, *weights)  # type: ignore[no-any-return]
     return tuple(kernels.forward(weights, us, vs, dims, n_power_iterations, eps)[0])
+
+
+def _check_backend(weights: _Tensors, us: _Tensors, vs: _Tensors) -> None:
+    """Raise BackendError where a backend is forced that cannot run the call."""
+    name = dispatch.forced()
+    reason: str | None = "not implemented"
+    if name not in ("cpu", "cuda", "triton"):
+        return
+    if name == "cpu":
+        reason = _why_not_cpu(weights, us, vs)
+        if reason is None and _plain_equations(weights):
+            reason = "a compiler, a transform or forward mode needs PyTorch's operations"
+    if reason is not None:
+        raise dispatch.BackendError(f"no backend can run spectral_norm (asked for {name}): {reason}")
 
 
 def _plain_equations(weights: _Tensors) -> bool:
@@ -136,11 +153,35 @@ def _reference(
     for w, u, v, dim in zip(weights, us, vs, dims, strict=True):
         matrix = _matrix(w, dim)
         with torch.no_grad():
-            for _ in range(n_power_iterations):
-                u.copy_(F.normalize(torch.mv(matrix, v), dim=0, eps=eps))
-                v.copy_(F.normalize(torch.mv(matrix.mH, u), dim=0, eps=eps))
-        ys.append(w / _sigma(matrix, u.clone(), v.clone()))
+            new_u, new_v = u.clone(), v.clone()
+            if n_power_iterations:
+                power_method = _opaque_power_method if torch.compiler.is_compiling() else _plain_power_method
+                new_u, new_v = power_method(matrix.detach(), v, n_power_iterations, eps)
+                u.copy_(new_u)
+                v.copy_(new_v)
+        ys.append(w / _sigma(matrix, new_u, new_v))
     return tuple(ys)
+
+
+def _plain_power_method(
+    matrix: Tensor, v: Tensor, n_power_iterations: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """New u and v, from one iteration on."""
+    for _ in range(n_power_iterations):
+        u = F.normalize(torch.mv(matrix, v), dim=0, eps=eps)
+        v = F.normalize(torch.mv(matrix.mH, u), dim=0, eps=eps)
+    return u, v
+
+
+# Inductor would run the iteration once more in backward, from the v that forward has updated, for want of u and v.
+_opaque_power_method = opaque(
+    "spectral_power_method(Tensor matrix, Tensor v, int n_power_iterations, float eps) -> (Tensor, Tensor)",
+    impl=_plain_power_method,
+    fake=lambda matrix, v, n_power_iterations, eps: (
+        matrix.new_empty(matrix.shape[0]),
+        matrix.new_empty(matrix.shape[1]),
+    ),
+)
 
 
 class _Kernels(NamedTuple):
@@ -229,12 +270,21 @@ _CPU = (
 
 
 def _kernels(weights: _Tensors, us: _Tensors, vs: _Tensors) -> _Kernels:
-    """The compiled ones where they serve: contiguous float32 or float64 on a CPU."""
-    dtype = weights[0].dtype
-    if _CPU is None or dtype not in (torch.float32, torch.float64) or dispatch.forced() == "aten":
+    """The compiled ones where they serve."""
+    if _CPU is None or dispatch.forced() == "aten" or _why_not_cpu(weights, us, vs) is not None:
         return _ATEN
+    return _CPU
+
+
+def _why_not_cpu(weights: _Tensors, us: _Tensors, vs: _Tensors) -> str | None:
+    """The reason why the compiled kernels cannot run, or None."""
+    if _CPU is None:
+        return _ext.why_not
+    dtype = weights[0].dtype
     fit = all(x.dtype is dtype and x.is_contiguous() and x.device.type == "cpu" for x in (*weights, *us, *vs))
-    return _CPU if fit else _ATEN
+    if fit and dtype in (torch.float32, torch.float64):
+        return None
+    return "it takes contiguous tensors on a CPU, all float32 or all float64"
 
 
 class _Normalize(torch.autograd.Function):
@@ -262,6 +312,6 @@ class _Normalize(torch.autograd.Function):
         state, *weights = ctx.saved_tensors
         needed = ctx.needs_input_grad[6:]
         given = [dy if need else None for dy, need in zip(dys, needed, strict=True)]
-        backward = _recorded_backward if torch.is_grad_enabled() else ctx.kernels.backward
+        backward = _recorded_backward if backward_is_seen() else ctx.kernels.backward
         dws = backward(given, weights, state, ctx.dims)
         return (None,) * 6 + tuple(None if dy is None else dw for dy, dw in zip(given, dws, strict=True))

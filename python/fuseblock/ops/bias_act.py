@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import dispatch
 from .._activations import check_activation, number
-from .._library import DifferentiableOp, loop_vmap, plain_eager, state_dtype
+from .._library import DifferentiableOp, backward_is_seen, loop_vmap, plain_eager, state_dtype
 from ..reference import bias_act as reference
 from . import _candidates
 
@@ -349,7 +349,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
-        return _first_order(ctx, dy, bias_act_bwd if torch.is_grad_enabled() else _bwd_impl)
+        return _first_order(ctx, dy, bias_act_bwd if backward_is_seen() else _bwd_impl)
 
 
 def differentiable(*args: Any) -> Tensor:
