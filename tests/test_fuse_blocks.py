@@ -87,6 +87,26 @@ class Elsewhere(Named):
         return self.act(h) + h
 
 
+class Flagged(Named):
+    """Python's own choice, which a trace does not show."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn(self.conv(x))
+        if self.training:
+            h = h * 2
+        return self.act(h)
+
+
+class Features(Named):
+    """Another way in, which reads the norm's result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.features(x)) if x is not None else x
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
 class Dynamic(Named):
     def forward(self, x: Tensor) -> Tensor:
         if x.sum() > 0:
@@ -104,7 +124,7 @@ class Functional(Named):
         return torch.relu(self.bn(self.conv(x)))
 
 
-@pytest.mark.parametrize("cls", [Elsewhere, Dynamic, Repeated, Functional])
+@pytest.mark.parametrize("cls", [Elsewhere, Flagged, Features, Dynamic, Repeated, Functional])
 def test_order_that_does_not_allow_it(cls: type[Named]) -> None:
     torch.manual_seed(0)
     model, x = cls().eval(), torch.randn(2, 3, 8, 8)
@@ -117,6 +137,11 @@ def test_order_that_does_not_allow_it(cls: type[Named]) -> None:
         assert "cannot be traced" in reasons["act"]
     if cls is Repeated:
         assert "called several times" in reasons["act"]
+    if cls is Flagged:
+        assert "several ways" in reasons["act"]
+    if cls is Features:
+        assert "other methods" in reasons["act"]
+        torch.testing.assert_close(model.features(x), model.bn(model.conv(x)))
     torch.testing.assert_close((model(x), model(-x)), want)
 
 
@@ -138,12 +163,75 @@ def test_hooks_shared_modules_and_other_alphas_are_left() -> None:
     want = model(x)
     report = fuseblock.fuse(model, verbose=False)
     assert {e.name: e.outcome.split(": ", 1)[1] for e in report.skipped} == {
-        "1": "it stands in several places",
-        "3": "it stands in several places",
-        "5": "hooks on it or on the module before it see what lies between",
+        "5": "there are hooks on it or on its norm, or a forward of their own",
         "7": "its alpha is 0.5, the fused ELU has 1",
     }
     torch.testing.assert_close(model(x), want)
+    torch.testing.assert_close(seen[1], seen[0])
+
+
+def test_norms_exchanged_and_hooks_added_after_fuse() -> None:
+    """Consecutive attributes: the activation applies itself where its norm no longer does."""
+    torch.manual_seed(0)
+    model, x = Named().eval(), torch.randn(2, 3, 8, 8)
+    stock = copy.deepcopy(model)
+    fuseblock.fuse(model, verbose=False)
+    assert model.bn.applies == (model.act,)
+    seen: list[Tensor] = []
+    handle = model.bn.register_forward_hook(lambda m, i, o: seen.append(o))
+    torch.testing.assert_close(model(x), stock(x))
+    torch.testing.assert_close(seen[0], stock.bn(stock.conv(x)))
+    handle.remove()
+    torch.testing.assert_close(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))(x), stock(x))
+    model.bn = nn.Identity()
+    stock.bn = nn.Identity()
+    torch.testing.assert_close(model(x), stock(x))
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), stock(x))
+
+
+class Impure(Named):
+    """What the forward does besides computing must not happen in fuse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        self.seen.append(1)
+        return self.act(self.bn(self.conv(x))) + torch.rand(())
+
+
+def test_looking_at_a_forward_changes_nothing() -> None:
+    model, state = Impure(), torch.random.get_rng_state()
+    fuseblock.fuse(model, verbose=False)
+    assert model.bn.applies
+    assert float(model.steps) == 0
+    assert model.seen == []
+    assert torch.random.get_rng_state().equal(state)
+
+
+def test_unbatched_per_channel_prelu_is_pytorchs() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.InstanceNorm2d(8), nn.PReLU(8)), torch.randn(8, 8, 8)
+    nn.init.normal_(model[1].weight)
+    want = model(x)
+    fuseblock.fuse(model, verbose=False)
+    torch.testing.assert_close(model(x), want)
+
+
+def test_blocks_become_stock_sequentials_and_come_back() -> None:
+    model = nn.Sequential(fuseblock.nn.Conv2dBlock(3, 4, 3), nn.Flatten())
+    x = torch.randn(2, 3, 8, 8)
+    want, keys = model(x), list(model.state_dict())
+    fuseblock.unfuse(model, verbose=False)
+    assert {type(m).__module__.split(".")[0] for m in model.modules()} == {"torch"}
+    torch.testing.assert_close(torch.jit.script(model)(x), want)
+    fuseblock.fuse(model, verbose=False)
+    assert type(model[0]) is fuseblock.nn.Sequential
+    torch.testing.assert_close(model(x), want)
+    assert list(model.state_dict()) == keys
 
 
 def test_a_norm_with_an_activation_of_its_own_cannot_become_stock() -> None:

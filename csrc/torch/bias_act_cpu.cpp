@@ -3,6 +3,7 @@
 // Full tensors are dense with the channels second: contiguous, or with the channels last in memory; all have one layout.
 #include "../cpu/bias_act.h"
 
+#include <limits>
 #include <tuple>
 
 #include "cpu_tensors.h"
@@ -94,6 +95,16 @@ std::tuple<Tensor, Tensor> bias_act(const Tensor& x, const MaybeTensor& bias, co
   return {y, mask};
 }
 
+// LeakyReLU written over x; the mask that bias_act would have saved. Every element is read before it is written.
+Tensor leaky_relu_(const Tensor& x, double negative_slope) {
+  const BiasActCall call("leaky_relu_", x, {}, {}, (int64_t)Activation::leaky_relu, negative_slope, 1,
+                         std::numeric_limits<double>::infinity());
+  Tensor mask = bytes(call.mask_bytes());
+  cpu::bias_act({call.site, x.const_data_ptr(), x.mutable_data_ptr(), static_cast<uint8_t*>(mask.mutable_data_ptr())},
+                torch_threads());
+  return mask;
+}
+
 std::tuple<Tensor, Tensor, Tensor> bias_act_bwd(const Tensor& dy, const MaybeTensor& x, const MaybeTensor& bias,
                                                 const MaybeTensor& slope, const MaybeTensor& mask, int64_t activation,
                                                 double negative_slope, double gain, double clamp, bool need_dbias) {
@@ -137,6 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bias_act_bwd_bwd(const Tensor& v, con
 
 STABLE_TORCH_LIBRARY_IMPL(fuseblock_cpu, CPU, m) {
   m.impl("bias_act", TORCH_BOX(&bias_act));
+  m.impl("leaky_relu_", TORCH_BOX(&leaky_relu_));
   m.impl("bias_act_bwd", TORCH_BOX(&bias_act_bwd));
   m.impl("bias_act_bwd_bwd", TORCH_BOX(&bias_act_bwd_bwd));
 }

@@ -1,21 +1,31 @@
-"""ReLU and LeakyReLU as autograd nodes that keep their result, which the next layer keeps anyway, and nothing else.
+"""ReLU and LeakyReLU as autograd nodes whose undefined gradients stay undefined, and over a tensor that nobody else reads.
 
-PyTorch's LeakyReLU keeps its input. Its second derivative, and ReLU's, is a tensor of zeros where it could be none, and
-those zeros are then multiplied through all layers before it: in a gradient penalty that is differentiated by itself
-they are most of the work.
+PyTorch's second derivative of a rectifier is a tensor of zeros where it could be none, and those zeros are then multiplied
+through all layers before it: in a gradient penalty that is differentiated by itself they are most of the work.
+
+Like PyTorch's, ReLU and what is asked to run in place keep their result for backward, and LeakyReLU keeps its input, so
+that the same later changes in place are errors. `rectify_over` keeps one bit per element of a large tensor instead.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import _ext
 from ._library import plain_eager, wants_gradient
+from .ops.bias_act import first_order, is_channels_last, keep_mask
 
 _aten = torch.ops.aten
+_OVER = torch.ops.fuseblock_cpu.leaky_relu_.default if _ext.has("fuseblock_cpu", "leaky_relu_") else None
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+#: Elements from which on a mask is worth its operator.
+FEW_ELEMENTS = 32768
 
 
 def can_rectify(x: Tensor, negative_slope: float) -> bool:
@@ -37,16 +47,33 @@ def rectify(x: Tensor, negative_slope: float | None, inplace: bool = False) -> T
     return _rectified(x, negative_slope, inplace)
 
 
+def rectify_over(x: Tensor, negative_slope: float | None) -> Tensor:
+    """`rectify`, written over x where that is faster; x must be read by nobody else, and be no view."""
+    if negative_slope is None or not wants_gradient((x,)):
+        return rectify(x, negative_slope, inplace=True)
+    if (
+        _OVER is not None
+        and x.numel() >= FEW_ELEMENTS
+        and x.is_cpu
+        and x.dtype in _DTYPES
+        and 2 <= x.dim() <= 8
+        and (x.is_contiguous() or is_channels_last(x))
+    ):
+        y: Tensor = _LeakyReLUOver.apply(x, negative_slope)
+        return y
+    return rectify(x, negative_slope)
+
+
 def _rectified(x: Tensor, negative_slope: float | None, inplace: bool) -> Tensor:
     return F.relu(x, inplace) if negative_slope is None else F.leaky_relu(x, negative_slope, inplace)
 
 
-def _through(g: Tensor, y: Tensor, negative_slope: float | None) -> Tensor:
-    """G times the derivative at the result y."""
+def _through(g: Tensor, kept: Tensor, negative_slope: float | None, is_result: bool) -> Tensor:
+    """G times the derivative, which ``kept`` (the result or the input) tells."""
     gated: Tensor = (
-        _aten.threshold_backward(g, y, 0)
+        _aten.threshold_backward(g, kept, 0)
         if negative_slope is None
-        else _aten.leaky_relu_backward(g, y, negative_slope, True)
+        else _aten.leaky_relu_backward(g, kept, negative_slope, is_result)
     )
     return gated
 
@@ -58,8 +85,9 @@ class _Rectify(torch.autograd.Function):
         if inplace:
             ctx.mark_dirty(x)
         y = _rectified(x, negative_slope, inplace)
-        ctx.save_for_backward(y)
-        ctx.negative_slope = negative_slope
+        is_result = inplace or negative_slope is None
+        ctx.save_for_backward(y if is_result else x)
+        ctx.options = negative_slope, is_result
         return y
 
     @staticmethod
@@ -68,25 +96,40 @@ class _Rectify(torch.autograd.Function):
 
 
 class _RectifyBackward(torch.autograd.Function):
-    """Linear in g; the derivative with respect to y is zero wherever there is one, and so it is none."""
+    """Linear in g; the derivative with respect to what is kept is zero wherever there is one, and so it is none."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, y: Tensor, negative_slope: float | None) -> Tensor:
+    def forward(ctx: Any, g: Tensor, kept: Tensor, negative_slope: float | None, is_result: bool) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y)
-        ctx.negative_slope = negative_slope
-        return _through(g, y, negative_slope)
+        ctx.save_for_backward(kept)
+        ctx.options = negative_slope, is_result
+        return _through(g, kept, negative_slope, is_result)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None) -> Any:
-        return _pulled(ctx, v), None, None
+        return _pulled(ctx, v), None, None, None
 
 
 def _pulled(ctx: Any, g: Tensor | None) -> Tensor | None:
     if g is None:
         return None
-    (y,) = ctx.saved_tensors
+    (kept,) = ctx.saved_tensors
     if torch.is_grad_enabled():
-        pulled: Tensor = _RectifyBackward.apply(g, y, ctx.negative_slope)
+        pulled: Tensor = _RectifyBackward.apply(g, kept, *ctx.options)
         return pulled
-    return _through(g, y, ctx.negative_slope)
+    return _through(g, kept, *ctx.options)
+
+
+class _LeakyReLUOver(torch.autograd.Function):
+    """LeakyReLU in place that keeps a mask: the derivatives are those of the operator bias_act."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, negative_slope: float) -> Tensor:
+        assert _OVER is not None
+        ctx.mark_dirty(x)
+        keep_mask(ctx, x, _OVER(x, negative_slope), "leaky_relu", negative_slope, 1.0, math.inf)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
+        return first_order(ctx, dy)[0], None

@@ -8,10 +8,11 @@ import torch
 from torch.nn.utils import parametrize
 
 from . import nn
-from ._pairs import find_pairs
+from ._pairs import find_pairs, profits
 from .nn.activation import APPLIED
 
 _FUSED: dict[type, type] = {
+    torch.nn.Sequential: nn.Sequential,
     torch.nn.LSTM: nn.LSTM,
     torch.nn.LSTMCell: nn.LSTMCell,
     torch.nn.Conv1d: nn.Conv1d,
@@ -26,7 +27,11 @@ _FUSED: dict[type, type] = {
     torch.nn.ReLU: nn.ReLU,
     torch.nn.LeakyReLU: nn.LeakyReLU,
 }
-_STOCK: dict[type, type] = {fused: stock for stock, fused in _FUSED.items()}
+_BLOCKS = (nn.Conv1dBlock, nn.Conv2dBlock, nn.ConvTranspose1dBlock, nn.ConvTranspose2dBlock)
+_STOCK: dict[type, type] = {
+    **{fused: stock for stock, fused in _FUSED.items()},
+    **dict.fromkeys(_BLOCKS, torch.nn.Sequential),
+}
 _UNAPPLIED: dict[type, type] = {applied: stock for stock, applied in APPLIED.items()}
 
 #: What is listed when it is left: the kinds of module that a reader expects to be swapped.
@@ -76,17 +81,21 @@ def fuse(model: torch.nn.Module, *, verbose: bool = True) -> FuseReport:
     """Make the modules in ``model`` that fuseblock has kernels for `fuseblock.nn` ones, in place.
 
     Swapped are `torch.nn.LSTM`, `LSTMCell`, `Conv1d`, `Conv2d`, `ConvTranspose1d`, `ConvTranspose2d`, `BatchNorm1d` to
-    `3d`, `InstanceNorm1d`, `2d`, `ReLU` and `LeakyReLU`. Where an activation (ReLU, LeakyReLU, PReLU, SiLU, Tanh, ELU)
-    follows a norm directly, in a `torch.nn.Sequential` or in a forward that `torch.fx` can trace, the norm applies it and
-    the activation's module passes its input on. A ReLU or LeakyReLU that follows a convolution so writes over its output.
+    `3d`, `InstanceNorm1d`, `2d`, `ReLU`, `LeakyReLU`, and each `Sequential` in which an activation (ReLU, LeakyReLU, PReLU,
+    SiLU, Tanh, ELU) follows a norm or a convolution: it runs the two as one, while they themselves do what they did when
+    they are called by themselves (`fuseblock.nn.Sequential`).
 
-    Only the class of each module object changes (and a norm gets a reference to its activation). Parameters, buffers,
+    In other forwards a norm applies the activation that follows it directly, if `torch.fx` can trace the forward, it takes
+    one way only, and no other method of its class names the norm. Whoever calls such a norm from outside gets activated
+    values; the report says ``applied by``. An activation whose norm was exchanged later applies itself.
+
+    Only the class of each module object changes (and such a norm gets a reference to its activation). Parameters, buffers,
     ``state_dict`` keys, hooks, names, training mode, device, sharing between modules and an optimizer's references stay as
     they are, and ``model`` itself may be such a module. Modules with parametrizations are swapped too.
 
     Left alone, with the reason in the report: subclasses (their forward may differ), modules whose ``forward`` was
     replaced on the instance, TorchScript and quantized modules, kinds without a fused version such as `torch.nn.GRU`, and
-    pairs of norm and activation with hooks on them, in several places, or called several times.
+    norms and activations with hooks on them, and in other forwards those in several places or called several times.
 
     Args:
         model: any module.
@@ -113,17 +122,17 @@ def fuse(model: torch.nn.Module, *, verbose: bool = True) -> FuseReport:
     applied, apart = [], []
     for pair in find_pairs(model):
         entry = (pair.act_name, _class_name(pair.act))
-        if not pair.is_norm:
-            if pair.reason is None:
-                pair.act.overwrites = True  # type: ignore[assignment]
-        elif pair.reason is not None:
-            apart.append(FuseEntry(*entry, f"not applied by {pair.source_name}: {pair.reason}"))
-        else:
-            pair.source.applies = (pair.act,)  # type: ignore[assignment]
+        if pair.reason is not None:
+            apart.append(FuseEntry(*entry, f"not applied by {pair.norm_name}: {pair.reason}"))
+            continue
+        if not pair.in_sequential:
+            pair.norm.applies = (pair.act,)  # type: ignore[assignment]
             pair.act.__class__ = APPLIED[type(pair.act)]
-            applied.append(FuseEntry(*entry, f"applied by {pair.source_name}"))
+        applied.append(FuseEntry(*entry, f"applied by {pair.norm_name}"))
+    told = {entry.name for entry in applied}
     swapped, skipped = _swap(model, _FUSED, _KINDS)
-    swapped, skipped = swapped + applied, skipped + apart
+    swapped = [entry for entry in swapped if entry.name not in told] + applied
+    skipped += apart
     return _reported(FuseReport("fuse", tuple(swapped), tuple(skipped)), verbose)
 
 
@@ -132,14 +141,13 @@ def unfuse(model: torch.nn.Module, *, verbose: bool = True) -> FuseReport:
 
     The exact inverse of `fuse`. Modules that were constructed as `fuseblock.nn` ones become stock modules
     as well, since what asks for it (``torch.jit.script``, ONNX export) needs a model without custom
-    operators; `fuse` brings them back. Left is a norm constructed with an activation that has no module of its own (in a
-    `fuseblock.nn.Conv2dBlock` it has one). Arguments, result and errors are those of `fuse`.
+    operators, or looks into modules (``torch.fx``); `fuse` brings them back, a block as a `fuseblock.nn.Sequential`. Left is
+    a norm constructed with an activation that has no module of its own. Arguments, result and errors are those of `fuse`.
     """
     _check("unfuse", model)
     swapped, skipped = _swap(model, _STOCK | _UNAPPLIED, tuple(_STOCK | _UNAPPLIED))
     for module in model.modules():
-        for made_by_fuse in ("applies", "overwrites"):
-            module.__dict__.pop(made_by_fuse, None)
+        module.__dict__.pop("applies", None)
     return _reported(FuseReport("unfuse", tuple(swapped), tuple(skipped)), verbose)
 
 
@@ -163,6 +171,7 @@ def _swap(
         listed = isinstance(module, kinds)
         if targets is _FUSED:
             listed = (listed and type(module) not in _UNAPPLIED) or _is_compiled_lstm(module)
+            listed = listed or (type(module) is torch.nn.Sequential and profits(module))
         if not listed:
             continue
         before = _class_name(module)
@@ -191,7 +200,8 @@ def _obstacle(module: torch.nn.Module, targets: dict[type, type]) -> str | None:
     if cls in targets:
         if "forward" in module.__dict__:
             return "its forward was replaced on the instance, so a change of class would have no effect"
-        if not getattr(module, "applies", ()) and getattr(module, "activation", "identity") != "identity":
+        own = getattr(module, "activation", "identity")
+        if isinstance(own, str) and own != "identity":
             return "it applies an activation that has no module of its own"
         return None
     if cls in targets.values():

@@ -16,6 +16,7 @@ from .norm_act import (
     InstanceNormAct1d,
     InstanceNormAct2d,
 )
+from .sequential import Sequential
 from .spectral_norm import remove_spectral_norm, spectral_norm
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "LeakyReLU",
     "ReLU",
     "ResidualBlock2d",
+    "Sequential",
     "fold_batch_norm",
     "remove_spectral_norm",
     "spectral_norm",

@@ -1,4 +1,4 @@
-"""Activations by themselves: those that fuseblock's kernels improve, and those that a module before them has applied."""
+"""Activations: those that fuseblock's kernels improve, and those that a norm before them usually applies."""
 
 from __future__ import annotations
 
@@ -6,21 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn.modules.module import _has_any_global_hook
 
-from .. import functional
-from .._rectifier import can_rectify, rectify
-
-
-class _Rectifier:
-    #: Whether the input is an output that nothing else reads, as a convolution's is: then the result is written over it.
-    overwrites = False
-
-    def _rectified(self, input: Tensor, negative_slope: float | None, inplace: bool) -> Tensor:
-        # A view's base would have to follow it through autograd.
-        return rectify(input, negative_slope, inplace or (self.overwrites and not input._is_view()))
+from .. import dispatch, functional
+from .._rectifier import can_rectify, rectify, rectify_over
 
 
-class ReLU(_Rectifier, torch.nn.ReLU):
+class ReLU(torch.nn.ReLU):
     """A drop-in replacement of `torch.nn.ReLU` whose undefined gradients stay undefined.
 
     A gradient penalty that is backpropagated by itself then does not run zeros through the network.
@@ -28,62 +21,95 @@ class ReLU(_Rectifier, torch.nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """max(x, 0) for any shape."""
-        if can_rectify(input, 0):
-            return self._rectified(input, None, self.inplace)
-        return super().forward(input)
+        return rectify(input, None, self.inplace) if can_rectify(input, 0) else super().forward(input)
 
 
-class LeakyReLU(_Rectifier, torch.nn.LeakyReLU):
-    """A drop-in replacement of `torch.nn.LeakyReLU` that does not save its input for backward.
+class LeakyReLU(torch.nn.LeakyReLU):
+    """A drop-in replacement of `torch.nn.LeakyReLU` that saves one bit per element for backward, not its input.
 
-    After a convolution, as `fuseblock.fuse` and the blocks of this package know it, the result is written over the
-    convolution's output, and so it is with ``inplace=True``; elsewhere one bit per element is saved. An undefined gradient
-    stays undefined: a gradient penalty that is backpropagated by itself does not run zeros through the network.
+    So from 32,768 elements on, below which the input is saved. An undefined gradient stays undefined: a gradient penalty
+    that is backpropagated by itself does not run zeros through the network.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """max(x, 0) + negative_slope min(x, 0) for any shape."""
-        without_bits = input.dim() < 2 or ((self.overwrites or self.inplace) and input.is_cpu)
-        if without_bits and can_rectify(input, self.negative_slope):
-            return self._rectified(input, self.negative_slope, self.inplace)
-        if self.inplace or input.dim() < 2:
-            return super().forward(input)
-        return functional.bias_act(input, activation="leaky_relu", negative_slope=self.negative_slope)
+        if not self.inplace and input.dim() > 1:
+            return functional.bias_act(input, activation="leaky_relu", negative_slope=self.negative_slope)
+        if can_rectify(input, self.negative_slope):
+            return rectify(input, self.negative_slope, self.inplace)
+        return super().forward(input)
+
+
+def activate_over(act: torch.nn.Module, x: Tensor) -> Tensor:
+    """``act(x)`` for an x that nobody else reads; a rectifier of this package is written over it where that is faster."""
+    # A forced backend runs the activation itself, or says why it cannot.
+    plain = x.is_cpu and not is_compiling() and dispatch.forced() == "auto"
+    if plain and not x._is_view() and not unusual(act):
+        if type(act) is ReLU and can_rectify(x, 0):
+            return rectify_over(x, None)
+        if type(act) is LeakyReLU and not act.inplace and can_rectify(x, act.negative_slope):
+            return rectify_over(x, act.negative_slope)
+    activated: Tensor = act(x)
+    return activated
+
+
+def unusual(module: torch.nn.Module) -> bool:
+    """Whether a call of the module is more than its class's forward: hooks, or a forward of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
 
 
 class _Applied(torch.nn.Module):
-    """The module before this one applies the activation: nothing is left to do.
+    """The activation behind a norm that usually has applied it: then the input, marked by the norm, is returned.
 
-    It stays in its place so that the model's structure, names and ``state_dict`` are what they were.
+    The norm decides anew at every call. A norm that was replaced meanwhile marks nothing, and the activation is applied.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input itself."""
-        return input
+        """The input itself, or what the stock activation makes of it."""
+        if not is_compiling() and getattr(input, _MARK, None) is self:
+            return input
+        activated: Tensor = super().forward(input)
+        return activated
+
+
+_MARK = "_fuseblock_applied"
+
+
+def mark(y: Tensor, act: torch.nn.Module) -> Tensor:
+    """y, known to ``act``, an applied module, as its own result."""
+    setattr(y, _MARK, act)
+    return y
 
 
 class AppliedReLU(_Applied, torch.nn.ReLU):
-    """A ReLU that the module before it has applied."""
+    """A ReLU that the norm before it applies."""
 
 
 class AppliedLeakyReLU(_Applied, torch.nn.LeakyReLU):
-    """A LeakyReLU that the module before it has applied."""
+    """A LeakyReLU that the norm before it applies."""
 
 
 class AppliedPReLU(_Applied, torch.nn.PReLU):
-    """A PReLU that the module before it has applied, with the weight of this one."""
+    """A PReLU that the norm before it applies."""
 
 
 class AppliedSiLU(_Applied, torch.nn.SiLU):
-    """A SiLU that the module before it has applied."""
+    """A SiLU that the norm before it applies."""
 
 
 class AppliedTanh(_Applied, torch.nn.Tanh):
-    """A Tanh that the module before it has applied."""
+    """A Tanh that the norm before it applies."""
 
 
 class AppliedELU(_Applied, torch.nn.ELU):
-    """An ELU that the module before it has applied."""
+    """An ELU that the norm before it applies."""
 
 
 #: What stands for an activation module once the one before it has applied it.
@@ -104,46 +130,34 @@ _NAMES: dict[type[torch.nn.Module], str] = {
     torch.nn.Tanh: "tanh",
     torch.nn.ELU: "elu",
 }
+_NAME_OF = {
+    **_NAMES,
+    **{applied: _NAMES[stock] for stock, applied in APPLIED.items()},
+    ReLU: "relu",
+    LeakyReLU: "leaky_relu",
+}
 
 
-def name_of(module: torch.nn.Module) -> str:
-    """The name by which kernels know an activation module, applied or not."""
-    return next(name for stock, name in _NAMES.items() if isinstance(module, stock))
+def name_of(act: torch.nn.Module) -> str | None:
+    """The name by which kernels know an activation module of an exact class; None if they do not know it."""
+    if isinstance(act, torch.nn.ELU) and act.alpha != 1:
+        return None
+    return _NAME_OF.get(type(act))
 
 
-def activation_module(
-    name: str, negative_slope: float, overwrites: bool = False, **factory: Any
-) -> torch.nn.Module | None:
+def activation_module(name: str, negative_slope: float, **factory: Any) -> torch.nn.Module | None:
     """A module that applies the activation itself; None for the identity.
-
-    Args:
-        name: of the activation.
-        negative_slope: of leaky_relu.
-        overwrites: nothing else reads its input, so that a rectifier may write its result there.
 
     Raises:
         ValueError: no such activation.
     """
     if name == "identity":
         return None
+    if name == "relu":
+        return ReLU()
+    if name == "leaky_relu":
+        return LeakyReLU(negative_slope)
     if name not in _NAMES.values():
         raise ValueError(f"expected an activation among identity, {', '.join(_NAMES.values())}, got {name!r}")
-    if name in ("relu", "leaky_relu"):
-        rectifier = ReLU() if name == "relu" else LeakyReLU(negative_slope)
-        if overwrites:
-            rectifier.overwrites = True
-        return rectifier
     stock = next(stock for stock, known in _NAMES.items() if known == name)
     return stock(**factory) if name == "prelu" else stock()
-
-
-def applied_module(name: str, negative_slope: float, **factory: Any) -> torch.nn.Module | None:
-    """The module that stands for an activation which the one before it applies; None for the identity.
-
-    Raises:
-        ValueError: no such activation.
-    """
-    module = activation_module(name, negative_slope, **factory)
-    if module is not None:
-        module.__class__ = next(applied for stock, applied in APPLIED.items() if isinstance(module, stock))
-    return module

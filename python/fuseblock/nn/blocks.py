@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .activation import activation_module, applied_module
+from .activation import activation_module, unusual
 from .conv import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
 from .norm_act import BatchNormAct1d, BatchNormAct2d, InstanceNormAct1d, InstanceNormAct2d
+from .sequential import Sequential, over_convolution
 
 _NORMS: dict[tuple[str, int], type[torch.nn.Module]] = {
     ("batch", 1): BatchNormAct1d,
@@ -19,8 +21,8 @@ _NORMS: dict[tuple[str, int], type[torch.nn.Module]] = {
 }
 
 
-class _ConvBlock(torch.nn.Sequential):
-    """[convolution, norm that applies the activation, activation], or [convolution, activation] without norm."""
+class _ConvBlock(Sequential):
+    """[convolution, norm, activation], or [convolution, activation] without norm."""
 
     _convolution: type[torch.nn.Module]
     _dims: int
@@ -53,18 +55,23 @@ class _ConvBlock(torch.nn.Sequential):
             **factory,
             **convolution,
         )
-        if norm is None:
-            act = activation_module(activation, negative_slope, overwrites=True, **factory)
-            super().__init__(conv, *([] if act is None else [act]))
-            return
-        if (norm, self._dims) not in _NORMS:
+        if norm is not None and (norm, self._dims) not in _NORMS:
             raise ValueError(
                 f"{type(self).__name__}: expected norm 'batch', 'instance' or None, got {norm!r}"
             )
-        # It stays in its place, so that the block can become stock modules again and a PReLU's weight keeps its key.
-        act = applied_module(activation, negative_slope, **factory)
-        normalised = _NORMS[norm, self._dims](out_channels, applies=act, **factory, **(norm_options or {}))
-        super().__init__(conv, normalised, *([] if act is None else [act]))
+        modules = [conv]
+        if norm is not None:
+            modules.append(_NORMS[norm, self._dims](out_channels, **factory, **(norm_options or {})))
+        act = activation_module(activation, negative_slope, **factory)
+        super().__init__(*modules, *([] if act is None else [act]))
+
+    def __getitem__(self, idx: Any) -> Any:
+        # torch.nn.Sequential would make a slice of this class.
+        return (
+            Sequential(OrderedDict([*self._modules.items()][idx]))
+            if isinstance(idx, slice)
+            else super().__getitem__(idx)
+        )
 
 
 class Conv2dBlock(_ConvBlock):
@@ -169,29 +176,29 @@ class ResidualBlock2d(torch.nn.Module):
         middle = in_channels if mode == "down" else out
         if mode == "same":
             self.conv1 = Conv2d(in_channels, out, kernel_size, bias=norm is None, **wide)
-            self.norm1 = _norm_act(norm, out, overwrites=True, **act)
+            self.norm1 = _norm_act(norm, out, **act)
             self.conv2 = Conv2d(out, out, kernel_size, bias=norm is None, **wide)
-            self.norm2 = _norm_act(norm, out, overwrites=True, **{**act, "activation": final_activation})
+            self.norm2 = _norm_act(norm, out, **{**act, "activation": final_activation})
             return
         self.norm1 = torch.nn.Identity() if first else _norm_act(norm, in_channels, **act)
         self.conv1 = Conv2d(in_channels, middle, kernel_size, bias=norm is None or mode == "down", **wide)
-        self.norm2 = _norm_act(norm, middle, overwrites=True, **act)
+        self.norm2 = _norm_act(norm, middle, **act)
         self.conv2 = Conv2d(middle, out, kernel_size, **wide)
 
     def forward(self, input: Tensor) -> Tensor:
         """See the class."""
         y: Tensor
         if self.mode == "same":
-            hidden = self.norm1(self.conv1(input))
+            hidden = _behind(self.conv1, self.norm1, input)
             y = self.norm2(self.conv2(hidden), self.shortcut(input))
             return y
         hidden = self.norm1(input)
         if self.mode == "up":
-            hidden = self.conv2(self.norm2(self.conv1(_doubled(hidden))))
+            hidden = self.conv2(_behind(self.conv1, self.norm2, _doubled(hidden)))
             # A 1x1 convolution and nearest upsampling commute: the convolution sees a quarter of the pixels.
             y = hidden + _doubled(self.shortcut(input))
             return y
-        hidden = self.conv2(self.norm2(self.conv1(hidden)))
+        hidden = self.conv2(_behind(self.conv1, self.norm2, hidden))
         pooled = torch.nn.functional.avg_pool2d
         # So do a 1x1 convolution and the average pool; the pool of the sum is the sum of the pools.
         y = pooled(hidden, 2) + self.shortcut(pooled(input, 2))
@@ -209,13 +216,20 @@ def _doubled(x: Tensor) -> Tensor:
 class _PlainActivation(torch.nn.Module):
     """What stands for a norm with activation where there is no norm; adds a residual like one."""
 
-    def __init__(self, activation: str, negative_slope: float, overwrites: bool, **factory: Any) -> None:
+    def __init__(self, activation: str, negative_slope: float, **factory: Any) -> None:
         super().__init__()
-        self.act = activation_module(activation, negative_slope, overwrites, **factory)
+        self.act = activation_module(activation, negative_slope, **factory)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         summed = input if residual is None else input + residual
         return summed if self.act is None else self.act(summed)
+
+
+def _behind(conv: torch.nn.Module, norm: torch.nn.Module, x: Tensor) -> Tensor:
+    if type(norm) is _PlainActivation and norm.act is not None and not unusual(norm):
+        return over_convolution(conv, norm.act, x)
+    y: Tensor = norm(conv(x))
+    return y
 
 
 def _norm_act(
@@ -224,12 +238,10 @@ def _norm_act(
     *,
     activation: str,
     negative_slope: float,
-    overwrites: bool = False,
     **factory: Any,
 ) -> torch.nn.Module:
-    """The norm with its activation; ``overwrites``: its input is a convolution's output that nothing else reads."""
     if norm is None:
-        return _PlainActivation(activation, negative_slope, overwrites, **factory)
+        return _PlainActivation(activation, negative_slope, **factory)
     if (norm, 2) not in _NORMS:
         raise ValueError(f"ResidualBlock2d: expected norm 'batch', 'instance' or None, got {norm!r}")
     return _NORMS[norm, 2](channels, activation=activation, negative_slope=negative_slope, **factory)

@@ -110,10 +110,9 @@ def _fold(conv: _Convolution, norm: _Norm) -> torch.nn.Module:
     conv.bias = torch.nn.Parameter(bias.detach(), weight.requires_grad)
     if not isinstance(norm, (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)):
         return torch.nn.Identity()
-    act = norm.activation_arguments()
-    remaining = activation_module(act["activation"], act["negative_slope"])
+    remaining = activation_module(norm.activation, norm.negative_slope)
     if isinstance(remaining, torch.nn.PReLU):
-        remaining.weight = act["slope"]
+        remaining.weight = norm.slope
     return torch.nn.Identity() if remaining is None else remaining
 
 

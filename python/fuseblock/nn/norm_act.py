@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from .. import functional
+from .. import dispatch, functional
 from .._activations import activate, check_activation
-from .activation import name_of
+from .._batch_norm_node import FEW_ELEMENTS, IN_PLACE
+from .activation import mark, name_of, unusual
 
 
 class _WithActivation(torch.nn.Module):
@@ -17,40 +19,59 @@ class _WithActivation(torch.nn.Module):
 
     activation: str = "identity"
     negative_slope: float = 0.01
-    #: The module behind this one whose activation is applied here; a tuple, since it is registered elsewhere.
+    #: The module behind this one that `fuseblock.fuse` found in a forward; a tuple, since it is registered elsewhere.
     applies: tuple[torch.nn.Module, ...] = ()
 
-    def _set_activation(
-        self, activation: str, negative_slope: float, applies: torch.nn.Module | None, **factory: Any
-    ) -> None:
+    def _set_activation(self, activation: str, negative_slope: float, **factory: Any) -> None:
         prelu = activation == "prelu"
         check_activation(type(self).__name__, activation, torch.empty(1) if prelu else None, 1)
-        if applies is not None:
-            self.applies = (applies,)
-            return
         self.activation, self.negative_slope = activation, negative_slope
         if prelu:
             self.slope = torch.nn.Parameter(torch.full((1,), 0.25, **factory))
 
-    def activation_arguments(self) -> dict[str, Any]:
-        """``activation``, ``negative_slope`` and ``slope`` as the functions take them."""
-        if not self.applies:
+    def activated(self, input: Tensor, act: torch.nn.Module | None, residual: Tensor | None = None) -> Tensor:
+        """act(norm(input) + residual) in one pass, with the activation of another module; None: this one's own."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(norm(input) + residual); shapes and errors as in the class."""
+        if self.applies:
+            (act,) = self.applies
+            # Much may have changed since: hooks, the activation's options, a compiled graph, a replica on another device.
+            apart = is_compiling() or "_is_replica" in self.__dict__ or unusual(self) or unusual(act)
+            if not apart and name_of(act) is not None:
+                return mark(self.activated(input, act, residual), act)
+        return self.activated(input, None, residual)
+
+    def _activation_arguments(self, act: torch.nn.Module | None) -> dict[str, Any]:
+        if act is None:
             slope = self.slope if self.activation == "prelu" else None
             return {"activation": self.activation, "negative_slope": self.negative_slope, "slope": slope}
-        (module,) = self.applies
         return {
-            "activation": name_of(module),
-            "negative_slope": getattr(module, "negative_slope", 0.01),
-            "slope": module.weight if isinstance(module, torch.nn.PReLU) else None,
+            "activation": name_of(act),
+            "negative_slope": getattr(act, "negative_slope", 0.01),
+            "slope": act.weight if isinstance(act, torch.nn.PReLU) else None,
         }
 
     def extra_repr(self) -> str:
-        """The stock module's, and the activation where it has no module of its own."""
+        """The stock module's, and the activation."""
         text = super().extra_repr()
-        if self.applies or self.activation == "identity":
+        if self.activation == "identity":
             return text
         slope = f"({self.negative_slope})" if self.activation == "leaky_relu" else ""
         return f"{text}, activation={self.activation}{slope}"
+
+
+def _is_small_inference(x: Tensor) -> bool:
+    """Whether PyTorch's batch norm, and the activation in place, are the fastest: the tensor then stays in cache."""
+    return (
+        x.is_cpu
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.is_grad_enabled()
+        and not is_compiling()
+        and dispatch.forced() == "auto"
+        and x.numel() <= FEW_ELEMENTS
+    )
 
 
 class _BatchNormAct(_WithActivation, torch.nn.modules.batchnorm._BatchNorm):
@@ -68,17 +89,23 @@ class _BatchNormAct(_WithActivation, torch.nn.modules.batchnorm._BatchNorm):
         activation: str = "identity",
         negative_slope: float = 0.01,
         *,
-        applies: torch.nn.Module | None = None,
         process_group: Any = None,
         **options: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
-        self._set_activation(activation, negative_slope, applies, device=device, dtype=dtype)
+        self._set_activation(activation, negative_slope, device=device, dtype=dtype)
         if process_group is not None:
             self.process_group = process_group
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """act(batch_norm(input) + residual); shapes and errors as in the class."""
+    def activated(self, input: Tensor, act: torch.nn.Module | None, residual: Tensor | None = None) -> Tensor:
+        """act(batch_norm(input) + residual) in one pass, with the activation of another module; None: this one's own."""
+        arguments = self._activation_arguments(act)
+        if not self.training and residual is None and _is_small_inference(input):
+            overwrite = IN_PLACE.get(arguments["activation"])
+            if overwrite is not None:
+                y = torch.nn.modules.batchnorm._BatchNorm.forward(self, input)
+                overwrite(y, arguments["negative_slope"])
+                return y
         self._check_input_dim(input)
         tracked = self.track_running_stats or not self.training
         momentum = 0.0 if self.momentum is None else self.momentum
@@ -97,7 +124,7 @@ class _BatchNormAct(_WithActivation, torch.nn.modules.batchnorm._BatchNorm):
             momentum=momentum,
             eps=self.eps,
             process_group=self.process_group,
-            **self.activation_arguments(),
+            **arguments,
         )
 
 
@@ -118,8 +145,6 @@ class BatchNormAct2d(_BatchNormAct, torch.nn.BatchNorm2d):
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as in `torch.nn.BatchNorm2d`.
         activation: identity, relu, leaky_relu, prelu, silu, tanh or elu.
         negative_slope: of leaky_relu.
-        applies: the activation module behind this one, whose activation is applied here in place of ``activation`` (it must
-            do nothing itself: `fuseblock.nn.activation`). Without it prelu has a parameter ``slope`` (1,).
         process_group: statistics are synchronised over it (CPU and GPU, also in second derivatives); None: they are not.
 
     Shape: ``input`` and ``residual`` (N, C, H, W), contiguous or channels-last; so is the output.
@@ -149,32 +174,30 @@ class _InstanceNormAct(_WithActivation, torch.nn.modules.instancenorm._InstanceN
         dtype: Any = None,
         activation: str = "identity",
         negative_slope: float = 0.01,
-        *,
-        applies: torch.nn.Module | None = None,
         **options: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
-        self._set_activation(activation, negative_slope, applies, device=device, dtype=dtype)
+        self._set_activation(activation, negative_slope, device=device, dtype=dtype)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """act(instance_norm(input) + residual); shapes and errors as in the class."""
+    def activated(self, input: Tensor, act: torch.nn.Module | None, residual: Tensor | None = None) -> Tensor:
+        """act(instance_norm(input) + residual) with the activation of another module; None: this one's own."""
         self._check_input_dim(input)
-        act = self.activation_arguments()
-        batched = input.dim() != self._get_no_batch_dim()
         if (
             residual is None
-            and batched
+            and input.dim() != self._get_no_batch_dim()
             and not self.track_running_stats
             and input.shape[1] == self.num_features
         ):
-            return functional.instance_norm_act(input, self.weight, self.bias, eps=self.eps, **act)
+            arguments = self._activation_arguments(act)
+            return functional.instance_norm_act(input, self.weight, self.bias, eps=self.eps, **arguments)
         # Running statistics and what torch.nn judges (unbatched, wrong channels) are left to it.
-        normalised = super().forward(input)
+        normalised = torch.nn.modules.instancenorm._InstanceNorm.forward(self, input)
         summed = normalised if residual is None else normalised + residual
-        slope = act.pop("slope")
-        if slope is not None and slope.numel() > 1:
-            slope = slope.view(-1, *[1] * (input.dim() - 1 - batched))
-        return activate(summed, act["activation"], act["negative_slope"], slope)
+        if act is not None:
+            activated: Tensor = act(summed)
+            return activated
+        slope = self.slope if self.activation == "prelu" else None
+        return activate(summed, self.activation, self.negative_slope, slope)
 
 
 class InstanceNormAct2d(_InstanceNormAct, torch.nn.InstanceNorm2d):

@@ -131,11 +131,31 @@ def _fwd_fake(
 def _fwd_setup(ctx: Any, inputs: Any, output: Any) -> None:
     x, bias, slope, activation, negative_slope, gain, clamp, _ = inputs
     ctx.set_materialize_grads(False)
-    if reference.keeps_x(number(activation)):
-        ctx.save_for_backward(x, bias, slope, None)
-    else:
-        ctx.save_for_backward(None, None, None, output[1])
-    ctx.constants = (activation, negative_slope, gain, clamp)
+    if not reference.keeps_x(number(activation)):
+        keep_mask(ctx, x, output[1], activation, negative_slope, gain, clamp, bias)
+        return
+    ctx.save_for_backward(x, bias, slope, None)
+    _keep_options(ctx, x, bias, activation, negative_slope, gain, clamp)
+
+
+def keep_mask(
+    ctx: Any,
+    x: Tensor,
+    mask: Tensor,
+    activation: str,
+    negative_slope: float,
+    gain: float,
+    clamp: float,
+    bias: Tensor | None = None,
+) -> None:
+    """Keep in a node's ctx what `first_order` needs of an activation that has a mask."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(None, None, None, mask)
+    _keep_options(ctx, x, bias, activation, negative_slope, gain, clamp)
+
+
+def _keep_options(ctx: Any, x: Tensor, bias: Tensor | None, *constants: Any) -> None:
+    ctx.constants = constants
     ctx.channels_last = is_channels_last(x)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.forced = dispatch.forced()
@@ -143,6 +163,11 @@ def _fwd_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _fwd_backward(ctx: Any, dy: Tensor | None, _mask: None) -> Any:
     return _first_order(ctx, dy, bias_act_bwd)
+
+
+def first_order(ctx: Any, dy: Tensor | None) -> Any:
+    """The gradients of the operator's arguments in a node that called the kernels without the dispatcher."""
+    return _first_order(ctx, dy, bias_act_bwd if backward_is_seen() else _bwd_impl)
 
 
 def _first_order(ctx: Any, dy: Tensor | None, bwd: Any) -> Any:
@@ -349,7 +374,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
-        return _first_order(ctx, dy, bias_act_bwd if backward_is_seen() else _bwd_impl)
+        return first_order(ctx, dy)
 
 
 def differentiable(*args: Any) -> Tensor:
