@@ -74,16 +74,12 @@ def layer_mistakes(cls: type, x: Tensor, groups: int = 2) -> dict[str, tuple[Cal
 
 def norm_mistakes(cls: type, x: Tensor, **affine: bool) -> dict[str, tuple[Call, Any, str]]:
     one = x[:1, :, :1] if x.dim() == 3 else x[:1, :, :1, :1]
-    found: dict[str, tuple[Call, Any, str]] = {
+    return {
         "channels": (lambda: cls(4, **affine)(x), ValueError, r"\(4,\)|\(4\), but got: 3"),
         "one value": (lambda: cls(3, **affine)(one), ValueError, "more than 1 value per channel"),
         "device": (lambda: cls(3, device=META, **affine)(x), ValueError, "on cpu, as x, got meta"),
-    }
-    if affine:
-        return found
-    return found | {
-        "residual": (lambda: cls(3)(x, x[..., :2]), ValueError, "residual of the shape of"),
-        "device of residual": (lambda: cls(3)(x, x.to(META)), ValueError, "residual on cpu"),
+        "residual": (lambda: cls(3, **affine)(x, x[..., :2]), ValueError, "residual of the shape of"),
+        "device of residual": (lambda: cls(3, **affine)(x, x.to(META)), ValueError, "residual on cpu"),
     }
 
 
@@ -130,10 +126,16 @@ MISTAKES: dict[str, dict[str, tuple[Call, Any, str]]] = {
             lambda: functional.batch_norm_act(X, slope=m(3), activation="prelu"), ValueError, "slope on cpu"
         ),
         "device of residual": (lambda: functional.batch_norm_act(X, residual=X.to(META)), ValueError, "residual on cpu"),
+        "running channels": (
+            lambda: functional.batch_norm_act(X, running_mean=t(4), running_var=t(4)), ValueError, "running_mean of shape"
+        ),
         "running channels, eval": (
             lambda: functional.batch_norm_act(X, running_mean=t(4), running_var=t(4), training=False),
             ValueError,
             r"mean of shape \(3,\), got \(4,\)",
+        ),
+        "running device": (
+            lambda: functional.batch_norm_act(X, running_mean=t(3), running_var=m(3)), ValueError, "running_var on cpu"
         ),
     },
     "functional.instance_norm_act": {
@@ -284,6 +286,7 @@ MISTAKES: dict[str, dict[str, tuple[Call, Any, str]]] = {
 #: They take no tensors, any tensor, or any model.
 WITHOUT = {
     "nn.ReLU",
+    "nn.Sequential",
     "gan.LOSSES",
     "gan.AdversarialLoss",
     "gan.AdversarialLosses",

@@ -78,10 +78,13 @@ def batch_norm_act(
     ):
         given = (None, None) if training else (running_mean, running_var)
         ops.check_batch_norm_act(x, weight, bias, residual, slope, *given, activation, training, "")
+        _check_running(x, running_mean, running_var)
         # Like PyTorch, an empty batch leaves the running statistics as they are.
         moved = (running_mean, running_var) if training and x.numel() > 0 else (None, None)
         options = momentum, eps, activation, negative_slope, training
         return _batch_norm_node.run(x, weight, bias, residual, slope, given, moved, *options)
+    if training and isinstance(x, Tensor) and x.dim() >= 2:
+        _check_running(x, running_mean, running_var)
     group = "" if process_group is None else process_group.group_name
     mean, var = (None, None) if training else (running_mean, running_var)
     tensors = x, weight, bias, residual, slope
@@ -101,6 +104,21 @@ def batch_norm_act(
     if updates and running_mean is not None and running_var is not None:
         _update(running_mean, running_var, mean, var, count, momentum)
     return y
+
+
+def _check_running(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    """Raise ValueError or TypeError where running statistics cannot move towards those of x."""
+    for name, t in (("running_mean", running_mean), ("running_var", running_var)):
+        if t is None:
+            continue
+        if t.shape != x.shape[1:2]:
+            raise ValueError(
+                f"batch_norm_act: expected {name} of shape {tuple(x.shape[1:2])}, got {tuple(t.shape)}"
+            )
+        if not t.dtype.is_floating_point:
+            raise TypeError(f"batch_norm_act: expected floating point {name}, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"batch_norm_act: expected {name} on {x.device}, as x, got {t.device}")
 
 
 @torch.no_grad()

@@ -162,6 +162,15 @@ class BatchNormAct3d(_BatchNormAct, torch.nn.BatchNorm3d):
     """`BatchNormAct2d` for (N, C, D, H, W): a drop-in replacement of `torch.nn.BatchNorm3d`."""
 
 
+def _check_residual(module: str, input: Tensor, residual: Tensor) -> None:
+    if residual.shape != input.shape:
+        raise ValueError(
+            f"{module}: expected residual of the shape of input, {tuple(input.shape)}, got {tuple(residual.shape)}"
+        )
+    if residual.device != input.device:
+        raise ValueError(f"{module}: expected residual on {input.device}, as input, got {residual.device}")
+
+
 class _InstanceNormAct(_WithActivation, torch.nn.modules.instancenorm._InstanceNorm):
     def __init__(
         self,
@@ -182,6 +191,8 @@ class _InstanceNormAct(_WithActivation, torch.nn.modules.instancenorm._InstanceN
     def activated(self, input: Tensor, act: torch.nn.Module | None, residual: Tensor | None = None) -> Tensor:
         """act(instance_norm(input) + residual) with the activation of another module; None: this one's own."""
         self._check_input_dim(input)
+        if residual is not None:
+            _check_residual(type(self).__name__, input, residual)
         if (
             residual is None
             and input.dim() != self._get_no_batch_dim()
@@ -210,6 +221,10 @@ class InstanceNormAct2d(_InstanceNormAct, torch.nn.InstanceNorm2d):
     `fuseblock.functional.instance_norm_act`. With ``track_running_stats`` PyTorch's own norm runs.
 
     Shape: ``input`` and ``residual`` (N, C, H, W) or (C, H, W); so is the output.
+
+    Raises:
+        ValueError: an unknown activation; an input that is neither; a residual of another shape or device; one value per
+            sample and channel in training.
     """
 
 
