@@ -224,6 +224,32 @@ def test_errors_of_the_function() -> None:
     assert functional.spectral_norm([], [], []) == ()
 
 
+def test_forced_backends_run_or_raise() -> None:
+    w, u, v = torch.ones(3, 4), torch.ones(3), torch.ones(4)
+
+    def normalize(w: Tensor) -> tuple[Tensor, ...]:
+        return functional.spectral_norm([w], [u.to(w.dtype)], [v.to(w.dtype)])
+
+    for name in ("triton", "cuda"):
+        with fuseblock.backend(name), pytest.raises(fuseblock.BackendError, match=f"{name}.*not impl"):
+            normalize(w)
+    with fuseblock.backend("cpu"):
+        for given in (w.bfloat16(), w.to(torch.complex64), torch.ones(4, 3).t()):
+            with pytest.raises(fuseblock.BackendError, match="asked for cpu"):
+                normalize(given)
+        with pytest.raises(fuseblock.BackendError, match="asked for cpu"):
+            torch.func.jvp(lambda w: normalize(w)[0], (w,), (w,))
+        if _spectral._CPU is not None:
+            with torch.profiler.profile() as profile:
+                normalize(w)
+            assert "fuseblock_cpu::spectral_norm" in {event.key for event in profile.key_averages()}
+
+
+def test_the_opaque_iteration() -> None:
+    arguments = torch.randn(3, 4), torch.randn(4), 2, 1e-12
+    torch.library.opcheck(torch.ops.fuseblock.spectral_power_iteration.default, arguments)
+
+
 def test_the_compiled_kernels_run() -> None:
     if _spectral._CPU is None:
         pytest.skip("no compiled library")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -190,6 +191,15 @@ def test_spectral_norm_reaches_every_weight():
     for layer in layers:
         sigma = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)
         assert float(sigma) == pytest.approx(1.0, abs=0.05)
+
+
+def test_spectral_norm_compiles_as_one_graph():
+    discriminator = gan.ResNetDiscriminator(8, 1, 3).double()
+    other = copy.deepcopy(discriminator)
+    images = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    compiled = torch.compile(discriminator, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(images), other(images))
 
 
 def test_penalties_with_spectral_norm():

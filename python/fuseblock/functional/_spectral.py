@@ -57,9 +57,9 @@ def spectral_norm(
 
     Raises:
         ValueError: the numbers of tensors differ, a shape, device or dim does not fit, ``n_power_iterations`` is negative.
-        TypeError: integer weights. fuseblock.BackendError: the forced backend cannot run the call: "cpu" takes contiguous
-            float32 or float64 tensors on a CPU, outside of compilers, transforms and forward mode; "triton" and "cuda" have no
-            kernels. (By itself a call that the CPU kernel cannot run takes batched PyTorch operations.)
+        TypeError: integer weights. fuseblock.BackendError: the forced backend cannot run the call: ``cpu`` takes contiguous
+            float32 or float64 tensors on a CPU, outside of compilers, transforms and forward mode; ``triton`` and ``cuda``
+            have no kernels. (Unforced, what the CPU kernel cannot run is left to batched PyTorch operations.)
     """
     dims = [0] * len(weights) if dims is None else list(dims)
     if not len(weights) == len(us) == len(vs) == len(dims):
@@ -153,19 +153,18 @@ def _reference(
     for w, u, v, dim in zip(weights, us, vs, dims, strict=True):
         matrix = _matrix(w, dim)
         with torch.no_grad():
-            new_u, new_v = u.clone(), v.clone()
             if n_power_iterations:
-                power_method = _opaque_power_method if torch.compiler.is_compiling() else _plain_power_method
-                new_u, new_v = power_method(matrix.detach(), v, n_power_iterations, eps)
+                iterate = _opaque_iteration if torch.compiler.is_compiling() else _plain_iteration
+                new_u, new_v = iterate(matrix.detach(), v, n_power_iterations, eps)
                 u.copy_(new_u)
                 v.copy_(new_v)
+            else:
+                new_u, new_v = u.clone(), v.clone()
         ys.append(w / _sigma(matrix, new_u, new_v))
     return tuple(ys)
 
 
-def _plain_power_method(
-    matrix: Tensor, v: Tensor, n_power_iterations: int, eps: float
-) -> tuple[Tensor, Tensor]:
+def _plain_iteration(matrix: Tensor, v: Tensor, n_power_iterations: int, eps: float) -> tuple[Tensor, Tensor]:
     """New u and v, from one iteration on."""
     for _ in range(n_power_iterations):
         u = F.normalize(torch.mv(matrix, v), dim=0, eps=eps)
@@ -173,10 +172,10 @@ def _plain_power_method(
     return u, v
 
 
-# Inductor would run the iteration once more in backward, from the v that forward has updated, for want of u and v.
-_opaque_power_method = opaque(
-    "spectral_power_method(Tensor matrix, Tensor v, int n_power_iterations, float eps) -> (Tensor, Tensor)",
-    impl=_plain_power_method,
+# Inductor would rather run small iterations again in backward than save u and v, but from the v that forward has updated.
+_opaque_iteration = opaque(
+    "spectral_power_iteration(Tensor matrix, Tensor v, int n_power_iterations, float eps) -> (Tensor, Tensor)",
+    impl=_plain_iteration,
     fake=lambda matrix, v, n_power_iterations, eps: (
         matrix.new_empty(matrix.shape[0]),
         matrix.new_empty(matrix.shape[1]),

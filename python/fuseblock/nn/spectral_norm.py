@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
@@ -38,8 +39,13 @@ def spectral_norm(
     A layer's parameter ``weight`` becomes the parameter ``weight_orig``, at the same place among its parameters, and the
     buffers ``weight_u`` and ``weight_v`` join it. ``weight`` is a plain tensor while the model's ``forward`` runs and does
     not exist outside of it. A layer that is called on its own (``model.features(x)``) normalises its weight itself, with a
-    power iteration in training mode. What `torch.utils.checkpoint` recomputes in a backward is normalised with the u and v
-    of the last forward, without a further iteration.
+    power iteration in training mode.
+
+    `torch.utils.checkpoint` of the model or a part of it: what it recomputes in a backward is normalised with the u and v
+    of the last forward, without a further iteration. So gradients are right for one forward in training mode a backward,
+    and **wrong, without an error, for all but the last of several** (D(real) and D(fake) before one ``backward()``): call
+    ``backward()`` after each, pass both batches as one, or do not checkpoint. (PyTorch's parametrization iterates once more
+    in the recomputation: gradients differ after one forward already.)
 
     Checkpoints: the keys are those of the older :func:`torch.nn.utils.spectral_norm` (``weight_orig``, ``weight_u``,
     ``weight_v``), and load both ways. Those of ``parametrizations.spectral_norm`` are understood when they are loaded; the
@@ -159,11 +165,14 @@ class _SpectralNorm:
         # The weights of the last forward that a checkpoint without reentry (or another user of saved-tensor hooks) may
         # recompute the layer with: what the graph refers to must be the same tensors.
         self.checkpointed: dict[torch.nn.Module, Tensor] = {}
+        #: Layers that have normalised their weight themselves, in a call of their own that is running.
+        self.alone: set[torch.nn.Module] = set()
         for layer, dim in layers:
             self._convert(layer, dim)
             self.handles += [
                 layer.register_load_state_dict_pre_hook(self._translate),
                 layer.register_forward_pre_hook(self._before_layer),
+                layer.register_forward_hook(self._after_layer, always_call=True),
             ]
         self.handles += [
             # First, also where the model is itself a layer.
@@ -217,7 +226,7 @@ class _SpectralNorm:
 
     def _before_layer(self, layer: torch.nn.Module, args: Any) -> None:
         if self.name in layer.__dict__:
-            if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            if not is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
                 self.checkpointed[layer] = layer.__dict__[self.name]
             return
         recomputing = _recomputing()
@@ -225,12 +234,12 @@ class _SpectralNorm:
             setattr(layer, self.name, self.checkpointed[layer])
         else:
             self._set_weights([layer], self.n_power_iterations if layer.training and not recomputing else 0)
+        self.alone.add(layer)
 
-        def after_layer(layer: torch.nn.Module, args: Any, output: Any) -> None:
-            handle.remove()
+    def _after_layer(self, layer: torch.nn.Module, args: Any, output: Any) -> None:
+        if layer in self.alone:
+            self.alone.remove(layer)
             layer.__dict__.pop(self.name, None)
-
-        handle = layer.register_forward_hook(after_layer, always_call=True)
 
     def _translate(self, layer: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the keys of `torch.nn.utils.parametrizations.spectral_norm` as well."""
@@ -256,7 +265,8 @@ class _SpectralNorm:
 
 def _recomputing() -> bool:
     """Whether a backward is running, where a checkpoint has to meet the weights of its forward."""
-    return torch._C._current_graph_task_id() != -1
+    # A compiler's trace is no backward, and cannot ask.
+    return not is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _rename(layer: torch.nn.Module, old: str, new: str) -> None:
