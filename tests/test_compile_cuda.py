@@ -137,6 +137,8 @@ WARP_INSTRUCTIONS = [
     r"MOVM\.16\.MT88",
     r"LDGSTS\.E\.BYPASS\.128",
     r"LDGDEPBAR",
+    r"BAR\.SYNC\S* 0x1, 0x60",
+    r"BAR\.ARV",
 ]
 
 

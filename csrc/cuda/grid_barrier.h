@@ -1,89 +1,14 @@
-// A barrier between the blocks of a cooperative launch, in two halves with work between them, and loads and stores of what
-// blocks tell each other through L2.
+// A barrier between the blocks of a cooperative launch, in two halves with work between them.
 //
 //   grid_arrive(state);                     after this block's stores of step t
 //   ...                                     work that needs nothing of the others
-//   grid_wait(state, (t + 1) * blocks);     before loads of what they stored
+//   grid_wait(state, (t + 1) * blocks);     before loads of what they stored (load_l2)
 //   grid_leave(state, blocks);              once, at the end: the state is ready for the next launch
 //
 // The counter only grows during a launch, so a slow block can still see that an old step is over. Whole blocks call these.
 #pragma once
 
-#include "cuda/launch.h"
-
-#if defined(FUSEBLOCK_EMULATE_CUDA)
-
-#include "emulated_grid_barrier.h"
-
-#else
-
-#include <cstdint>
-#include <cstring>
-
-namespace fuseblock {
-
-// Adds after everything that this thread wrote, and what it knows that others wrote.
-__device__ __forceinline__ void add_release(unsigned* counter, unsigned n) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(counter)), "r"(n) : "memory");
-}
-
-__device__ __forceinline__ unsigned load_acquire(const unsigned* counter) {
-  unsigned value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(counter)) : "memory");
-  return value;
-}
-
-// Until the counter, which may wrap around, has reached target. Traps after FUSEBLOCK_SPIN_LIMIT tries, where defined.
-__device__ __forceinline__ void wait_for_count(const unsigned* counter, unsigned target) {
-  for (unsigned long long tries = 0; static_cast<int>(load_acquire(counter) - target) < 0; ++tries) {
-    __nanosleep(20);
-#if defined(FUSEBLOCK_SPIN_LIMIT)
-    if (tries > FUSEBLOCK_SPIN_LIMIT) __trap();
-#endif
-  }
-}
-
-// Of 4, 8 or 16 bytes, past the multiprocessor's own cache, which other blocks' stores do not reach.
-template <class T>
-__device__ __forceinline__ T load_l2(const T* p) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
-  uint32_t v[sizeof(T) / 4];
-  const size_t address = __cvta_generic_to_global(p);
-  if constexpr (sizeof(T) == 4) {
-    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v[0]) : "l"(address) : "memory");
-  } else if constexpr (sizeof(T) == 8) {
-    asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "l"(address) : "memory");
-  } else {
-    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "l"(address)
-                 : "memory");
-  }
-  T x;
-  memcpy(&x, v, sizeof(T));
-  return x;
-}
-
-// What others will load with load_l2. The same thread must not read it back with an ordinary load.
-template <class T>
-__device__ __forceinline__ void store_l2(T* p, const T& x) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
-  uint32_t v[sizeof(T) / 4];
-  memcpy(v, &x, sizeof(T));
-  const size_t address = __cvta_generic_to_global(p);
-  if constexpr (sizeof(T) == 4) {
-    asm volatile("st.global.cg.u32 [%0], %1;" ::"l"(address), "r"(v[0]) : "memory");
-  } else if constexpr (sizeof(T) == 8) {
-    asm volatile("st.global.cg.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(v[0]), "r"(v[1]) : "memory");
-  } else {
-    asm volatile("st.global.cg.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-                 : "memory");
-  }
-}
-
-}  // namespace fuseblock
-
-#endif
+#include "cuda/l2.h"
 
 namespace fuseblock {
 

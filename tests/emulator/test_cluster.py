@@ -49,6 +49,8 @@ def test_buffers_that_are_used_again_too_early_hold_wrong_values(name: str) -> N
         ("odd_size", "cp.async.bulk: 24 bytes are not a multiple of 16"),
         ("no_such_block", "mapa: the cluster has no block 4"),
         ("unpaired", "barrier.cluster.wait without barrier.cluster.arrive"),
+        ("no_init_fence", "no fence.mbarrier_init after the initialisation of the mbarrier"),
+        ("no_proxy_fence", "cp.async.bulk: no fence.proxy.async since the source was written"),
         ("multicast_left", "a thread returns while its cp.async.bulk is under way"),
     ],
 )

@@ -15,6 +15,7 @@ CORRECT = {
     "product_tf32_truncated": "0",
     "transpose": "transposed",
     "stream": "right",
+    "producer": "right",
 }
 #: Wrong values for some order of events; the mistakes below are reported for every one.
 WRONG = ["copy_without_wait", "copy_waits_for_too_few", "copy_without_barrier"]
@@ -38,6 +39,9 @@ def test_copies_that_are_not_waited_for_arrive_too_late(name: str) -> None:
         ("copy_misaligned", "is not a multiple of 16"),
         ("copy_outside", "are not in the block's shared memory"),
         ("copy_left", "a thread returns while its cp.async is under way"),
+        ("producer_missing_arrival", "barrier.sync was not reached by all threads (32 of 128 wait)"),
+        ("producer_barrier_missing", "barrier.sync was not reached by all threads (64 of 128 wait)"),
+        ("producer_unequal_counts", "barrier.sync: named barrier 1 is for"),
     ],
 )
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -54,7 +54,8 @@ std::string describe(const MBarrier& barrier) {
   const SharedArray* array = barrier.owner->find(barrier.address, 8);
   char text[200];
   std::snprintf(text, sizeof(text),
-                "the mbarrier at byte %td of %s shared memory of %s in phase %llu (%u of %u arrivals and %lld bytes missing)",
+                "the mbarrier at byte %td of %s shared memory of %s in phase %llu "
+                "(%u of %u arrivals and %lld bytes missing)",
                 static_cast<char*>(barrier.address) - static_cast<char*>(array->memory.get()),
                 array->key == nullptr ? "dynamic" : "static", describe(*barrier.owner).c_str(),
                 static_cast<unsigned long long>(barrier.phase), barrier.pending, barrier.arrivals,
@@ -78,11 +79,14 @@ Block& find_block(const void* p, size_t bytes, size_t alignment, const char* ope
   return *block;
 }
 
-MBarrier& find_mbarrier(const void* p, const char* operation) {
+MBarrier& find_mbarrier(const void* p, const char* operation, bool needs_fence) {
   Block& block = find_block(p, 8, 8, operation);
   for (MBarrier& barrier : block.mbarriers) {
     if (barrier.address != p || !barrier.valid) continue;
     if (word(barrier) != kMark) fail("%s: %s was overwritten", operation, describe(barrier).c_str());
+    if (barrier.unfenced != nullptr && (needs_fence || &block != self().owner)) {
+      fail("%s: no fence.mbarrier_init after the initialisation of %s", operation, describe(barrier).c_str());
+    }
     return barrier;
   }
   fail("%s: there is no mbarrier at %p in the shared memory of %s, or not yet", operation, p, describe(block).c_str());
@@ -149,12 +153,19 @@ void mbarrier_init(void* mbarrier, unsigned arrivals) {
     if (block.mbarriers.size() == kMBarrierLimit) fail("%s: more than %zu in a block", operation, kMBarrierLimit);
     unused = &block.mbarriers.emplace_back();
   }
-  *unused = {mbarrier, &block, arrivals, arrivals, 0, 0, true};
+  *unused = {mbarrier, &block, arrivals, arrivals, 0, 0, true, &self()};
   word(*unused) = kMark;
 }
 
+void fence_mbarrier_init() {
+  flush_stores(self());
+  for (MBarrier& barrier : self().owner->mbarriers) {
+    if (barrier.unfenced == &self()) barrier.unfenced = nullptr;
+  }
+}
+
 void mbarrier_invalidate(void* mbarrier) {
-  MBarrier& barrier = find_mbarrier(mbarrier, "mbarrier.inval");
+  MBarrier& barrier = find_mbarrier(mbarrier, "mbarrier.inval", false);
   if (barrier.bytes != 0) fail("mbarrier.inval of %s", describe(barrier).c_str());
   barrier.valid = false;
   word(barrier) = ~0ull;
@@ -170,14 +181,14 @@ void count_arrival(MBarrier& barrier, const char* operation) {
 
 void mbarrier_arrive(void* mbarrier, const char* operation) {
   flush_stores(self());
-  MBarrier& barrier = find_mbarrier(mbarrier, operation);
+  MBarrier& barrier = find_mbarrier(mbarrier, operation, false);
   if (barrier.owner != self().owner) fail("%s: the mbarrier is another block's", operation);
   release(&barrier);
   count_arrival(barrier, operation);
 }
 
 void mbarrier_expect(void* mbarrier, uint32_t bytes, const char* operation) {
-  MBarrier& barrier = find_mbarrier(mbarrier, operation);
+  MBarrier& barrier = find_mbarrier(mbarrier, operation, false);
   if (barrier.owner != self().owner) fail("%s: the mbarrier is another block's", operation);
   barrier.bytes += bytes;
   check_bytes(barrier);
@@ -186,7 +197,7 @@ void mbarrier_expect(void* mbarrier, uint32_t bytes, const char* operation) {
 
 bool mbarrier_try_wait(void* mbarrier, unsigned parity) {
   const char* const operation = "mbarrier.try_wait";
-  MBarrier& barrier = find_mbarrier(mbarrier, operation);
+  MBarrier& barrier = find_mbarrier(mbarrier, operation, false);
   if (barrier.owner != self().owner) fail("%s: the mbarrier is another block's", operation);
   if (parity > 1) fail("%s: parity %u", operation, parity);
   if ((barrier.phase & 1) == parity) return false;
@@ -196,7 +207,7 @@ bool mbarrier_try_wait(void* mbarrier, unsigned parity) {
 
 void mbarrier_wait(void* mbarrier, unsigned parity) {
   if (mbarrier_try_wait(mbarrier, parity)) return;
-  MBarrier& barrier = find_mbarrier(mbarrier, "mbarrier.try_wait");
+  MBarrier& barrier = find_mbarrier(mbarrier, "mbarrier.try_wait", false);
   wait_for({Wait::kMBarrier, &barrier, barrier.phase, "mbarrier.try_wait"});
   acquire(&barrier);
 }

@@ -9,13 +9,14 @@
 // lanes that do not take part, grid.sync() in an ordinary launch, waits that never end (with what is missing), too much
 // shared memory, addresses outside of shared memory or misaligned for an instruction, access to a block of the cluster
 // that may not have started yet or has returned, copies still under way when a thread returns, mbarriers that are
-// overwritten, not initialised, arrived at too often or passed twice before a waiting thread saw it.
+// overwritten, not initialised, arrived at too often or passed twice before a waiting thread saw it, fences for mbarriers
+// and bulk copies that a block lacks altogether.
 // Misaligned accesses trap (a flag of the compiler). Shared memory starts as NaN (all bits set). With AddressSanitizer
 // shared arrays have red zones; with ThreadSanitizer only barriers and atomics order memory, so that missing ones are
 // reported.
 //
 // Stricter than hardware: a thread that has returned counts as missing at a barrier and in a mask. Not modelled: speed,
-// memory ordering weaker than the host's (but for remote stores and asynchronous copies), the proxy fence, device math
+// memory ordering weaker than the host's (but for remote stores and asynchronous copies), device math
 // functions (libm's are used). A thread that spins until another one has done something must call __nanosleep().
 //
 // Types and conversions of float16 and bfloat16 are CUDA's own headers'.

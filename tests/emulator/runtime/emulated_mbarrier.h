@@ -7,8 +7,8 @@ namespace fuseblock {
 
 inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) { cuda_emulator::mbarrier_init(barrier, arrivals); }
 inline void mbarrier_invalidate(uint64_t* barrier) { cuda_emulator::mbarrier_invalidate(barrier); }
-inline void fence_mbarrier_init() { cuda_emulator::memory_fence(); }
-inline void fence_async_proxy() {}
+inline void fence_mbarrier_init() { cuda_emulator::fence_mbarrier_init(); }
+inline void fence_async_proxy() { cuda_emulator::fence_async_proxy(); }
 
 inline void mbarrier_arrive(uint64_t* barrier) { cuda_emulator::mbarrier_arrive(barrier, "mbarrier.arrive"); }
 

@@ -22,6 +22,9 @@ inline void check_memory([[maybe_unused]] const void* p, [[maybe_unused]] size_t
 #endif
 }
 
+// barrier.sync or, without `wait`, barrier.arrive.
+void named_barrier(unsigned id, unsigned threads, bool wait);
+
 // cp.async: `bytes` are copied and zeros follow. Arrives at any time before the wait that leaves fewer groups under way.
 void copy_async(void* destination, const void* source, uint32_t bytes, uint32_t zeros);
 void copy_async_commit();
@@ -49,6 +52,10 @@ void copy_bulk(void* destination, const void* source, uint32_t bytes, void* mbar
 void copy_bulk_to_global(void* destination, const void* source, uint32_t bytes);
 void copy_bulk_commit();
 void copy_bulk_wait(uint64_t groups_left);
+
+// fence.proxy.async and fence.mbarrier_init
+void fence_async_proxy();
+void fence_mbarrier_init();
 
 void mbarrier_init(void* mbarrier, unsigned arrivals);
 void mbarrier_invalidate(void* mbarrier);

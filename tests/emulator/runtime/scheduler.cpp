@@ -1,4 +1,5 @@
 // The emulator's scheduler: crews of blocks on OS threads, threads on fibers, barriers between them.
+#include "hardware.h"
 #include "scheduler.h"
 
 #include <sys/mman.h>
@@ -113,6 +114,7 @@ void make_block(Crew& crew, int number, StackPool& stacks) {
   block.cluster->blocks.push_back(&block);
   block.shared.reserve(kSharedArrayLimit);
   block.mbarriers.reserve(kMBarrierLimit);
+  block.bulk_sources.reserve(kBulkSourceLimit);
   if (config.shared_bytes > 0) {
     block.shared.push_back({nullptr, config.shared_bytes, 128, poisoned(config.shared_bytes, 128)});
   }
@@ -286,6 +288,22 @@ void complain(Crew& crew, const std::string& what) {
 void block_barrier() {
   Block& block = *self().owner;
   wait_at(block.barrier, static_cast<unsigned>(block.threads.size()), "__syncthreads");
+}
+
+void named_barrier(unsigned id, unsigned threads, bool wait) {
+  Block& block = *self().owner;
+  if (id == 0 || id > 15) fail("barrier.sync: there is no named barrier %u", id);
+  if (threads == 0 || threads % kWarp != 0 || threads > block.threads.size()) {
+    fail("barrier.sync: %u threads of %zu", threads, block.threads.size());
+  }
+  Barrier& barrier = block.named[id];
+  if (barrier.arrived > 0 && barrier.mask != threads) {
+    fail("barrier.sync: named barrier %u is for %u threads and for %u", id, barrier.mask, threads);
+  }
+  barrier.mask = threads;
+  if (wait) return wait_at(barrier, threads, "barrier.sync");
+  flush_stores(self());
+  arrive_at(barrier, threads);
 }
 
 void warp_collective(unsigned mask, const char* operation, void* mine, Perform perform) {

@@ -25,13 +25,14 @@ inline constexpr unsigned kWarp = 32;
 inline constexpr size_t kStaticSharedLimit = 48 << 10;
 inline constexpr size_t kSharedArrayLimit = 64;
 inline constexpr size_t kMBarrierLimit = 128;
+inline constexpr size_t kBulkSourceLimit = 256;
 
 struct Block;
 struct Crew;
 struct Thread;
 
 struct Barrier {
-  unsigned mask = 0;  // of the lanes that meet, in a warp
+  unsigned mask = 0;  // of the lanes that meet, in a warp; how many threads meet, at a named barrier
   unsigned arrived = 0;
   uint64_t generation = 0;
   const char* operation = nullptr;
@@ -62,6 +63,7 @@ struct MBarrier {
   int64_t bytes;               // expected and not yet arrived; negative while arrivals are ahead of what is expected
   uint64_t phase;
   bool valid;
+  const Thread* unfenced;  // the thread that initialised it and has not called fence.mbarrier_init since, or null
 };
 
 // Why a thread does not run.
@@ -143,6 +145,12 @@ struct Thread : ThreadInfo {
   bool runnable() const { return !done && (wait.kind == Wait::kNothing || wait.is_over()); }
 };
 
+// What was last copied in bulk from somewhere in shared memory, after so many proxy fences of the block.
+struct BulkSource {
+  const void* source;
+  uint64_t content, fences;
+};
+
 struct FreeMemory {
   void operator()(void* p) const;
 };
@@ -168,7 +176,10 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<SharedArray> shared;
   std::vector<MBarrier> mbarriers;
+  std::vector<BulkSource> bulk_sources;
+  uint64_t proxy_fences = 0;
   Barrier barrier;
+  Barrier named[16];
   size_t live = 0;
   size_t static_bytes = 0;
   bool slow = false;  // runs when nothing else can
@@ -244,8 +255,8 @@ void complain(Crew& crew, const std::string& what);
 void count_arrival(MBarrier& barrier, const char* operation);
 // Bytes of a transfer have arrived.
 void complete_bytes(MBarrier& barrier, uint32_t bytes);
-// The mbarrier at p in a block of the cluster; fails if there is none.
-MBarrier& find_mbarrier(const void* p, const char* operation);
+// The mbarrier at p in a block of the cluster; fails if there is none. Threads of its own block see it without a fence.
+MBarrier& find_mbarrier(const void* p, const char* operation, bool needs_fence);
 // The block of the cluster whose shared memory holds [p, p + bytes); fails if there is none or it must not be touched.
 Block& find_block(const void* p, size_t bytes, size_t alignment, const char* operation);
 std::string describe(const MBarrier& barrier);

@@ -86,6 +86,26 @@ Transfer& issue(const Transfer& transfer, TransferList* list) {
   return issued;
 }
 
+// A bulk copy reads through another proxy than threads write: what has changed since the last copy from there needs a fence.
+// Only a block that has none at all in between is found out.
+void check_proxy(const void* source, uint32_t bytes, const char* operation) {
+  Block& block = *self().owner;
+  uint64_t content = 14695981039346656037u;
+  for (uint32_t n = 0; n < bytes; ++n) content = (content ^ static_cast<const unsigned char*>(source)[n]) * 1099511628211u;
+  BulkSource* last = nullptr;
+  for (BulkSource& known : block.bulk_sources) {
+    if (known.source == source) last = &known;
+  }
+  if (block.proxy_fences == (last == nullptr ? 0 : last->fences) && (last == nullptr || last->content != content)) {
+    fail("%s: no fence.proxy.async since the source was written", operation);
+  }
+  if (last == nullptr) {
+    if (block.bulk_sources.size() == kBulkSourceLimit) return;
+    last = &block.bulk_sources.emplace_back();
+  }
+  *last = {source, content, block.proxy_fences};
+}
+
 // Groups up to this one are complete when `groups_left` of those that are committed may be under way; false: none.
 bool last_group(const TransferList& list, uint64_t groups_left, uint64_t& group) {
   if (list.group <= groups_left) return false;
@@ -166,6 +186,8 @@ std::string check_exit(const Block& block) {
   return "";
 }
 
+void fence_async_proxy() { ++self().owner->proxy_fences; }
+
 void copy_async(void* destination, const void* source, uint32_t bytes, uint32_t zeros) {
   Thread& thread = self();
   issue({.operation = "cp.async", .destination = destination, .source = source, .bytes = bytes, .zeros = zeros,
@@ -200,14 +222,14 @@ void store_global(void* destination, const void* value, uint32_t bytes) {
 void mbarrier_arrive_remote(void* mbarrier) {
   const char* const operation = "mbarrier.arrive.shared::cluster";
   flush_stores(self());
-  MBarrier& barrier = find_mbarrier(mbarrier, operation);
+  MBarrier& barrier = find_mbarrier(mbarrier, operation, true);
   issue({.operation = operation, .bytes = 0, .to = barrier.owner, .completes = &barrier, .arrival = true}, nullptr);
 }
 
 void store_async(void* destination, const void* value, uint32_t bytes, void* mbarrier) {
   const char* const operation = "st.async";
   Block& to = find_block(destination, bytes, bytes, operation);
-  MBarrier& completes = find_mbarrier(mbarrier, operation);
+  MBarrier& completes = find_mbarrier(mbarrier, operation, true);
   if (completes.owner != &to) fail("%s: the mbarrier is not in the block that receives the data", operation);
   Transfer transfer{.operation = operation, .destination = destination, .bytes = bytes, .to = &to,
                     .completes = &completes};
@@ -220,11 +242,12 @@ void copy_bulk(void* destination, const void* source, uint32_t bytes, void* mbar
   if (bytes % 16 != 0) fail("%s: %u bytes are not a multiple of 16", operation, bytes);
   if (from_shared) {
     check_shared(source, bytes, 16, operation);
+    check_proxy(source, bytes, operation);
   } else {
     check_alignment(source, 16, operation);
   }
   Block& to = find_block(destination, bytes, 16, operation);
-  MBarrier& completes = find_mbarrier(mbarrier, operation);
+  MBarrier& completes = find_mbarrier(mbarrier, operation, true);
   if (completes.owner != &to) fail("%s: the mbarrier is not in the block that receives the data", operation);
   if (bytes == 0) return;
   issue({.operation = operation, .destination = destination, .source = source, .bytes = bytes,
@@ -236,6 +259,7 @@ void copy_bulk_to_global(void* destination, const void* source, uint32_t bytes) 
   const char* const operation = "cp.async.bulk.global";
   if (bytes % 16 != 0) fail("%s: %u bytes are not a multiple of 16", operation, bytes);
   check_shared(source, bytes, 16, operation);
+  check_proxy(source, bytes, operation);
   check_alignment(destination, 16, operation);
   Thread& thread = self();
   if (bytes == 0) return;

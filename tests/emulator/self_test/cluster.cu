@@ -29,7 +29,7 @@ __device__ __forceinline__ void gather(float* y, int steps) {
   if (thread == 0 && kMistake != kNotInitialised) {
     for (uint64_t& barrier : ready) mbarrier_init(&barrier, kCounted ? 1 : blocks);
     if (kMistake == kInitTwice) mbarrier_init(&ready[0], 1);
-    fence_mbarrier_init();
+    if (kMistake != kNoInitFence) fence_mbarrier_init();
   }
   if (kMistake == kOverwritten && thread == 1) ready[1] = 0;
   for (int n = thread; n < size; n += blockDim.x) h(0)[n] = static_cast<float>(n);
@@ -58,7 +58,7 @@ __device__ __forceinline__ void gather(float* y, int steps) {
       stage(t)[thread] = next;
       y[t * size + unit] = next;
     }
-    fence_async_proxy();
+    if (kMistake != kNoProxyFence || t < 4) fence_async_proxy();
     __syncthreads();
     if (t + 1 == steps) break;
     float* const to = h(t + 1) + rank * kSlice;
@@ -164,6 +164,8 @@ int launch_gather(float* y, int cluster, int clusters, int steps, int transport,
     CASE(kOddSize);
     CASE(kNoSuchBlock);
     CASE(kUnpaired);
+    CASE(kNoInitFence);
+    CASE(kNoProxyFence);
   }
 #undef CASE
   return cudaErrorInvalidValue;

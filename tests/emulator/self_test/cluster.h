@@ -24,6 +24,8 @@ enum ClusterMistake : int {
   kOddSize,
   kNoSuchBlock,
   kUnpaired,
+  kNoInitFence,
+  kNoProxyFence,
 };
 
 inline constexpr int kSlice = 8;  // elements of the state that a block owns

@@ -78,6 +78,8 @@ void add_cluster_cases(Cases& cases) {
       {"odd_size", kOddSize},
       {"no_such_block", kNoSuchBlock},
       {"unpaired", kUnpaired},
+      {"no_init_fence", kNoInitFence},
+      {"no_proxy_fence", kNoProxyFence},
   };
   for (const auto& [name, mistake] : mistakes) {
     cases[name] = [mistake = mistake] { gather(4, 9, kBulk, mistake); };

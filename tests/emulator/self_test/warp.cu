@@ -3,6 +3,7 @@
 
 #include "cuda/async_copy.h"
 #include "cuda/mma.h"
+#include "cuda/named_barrier.h"
 
 namespace {
 
@@ -93,6 +94,26 @@ __global__ void stream_kernel(const float* x, float* y, int count, int tiles) {
   reinterpret_cast<float4*>(y)[threadIdx.x] = sum;
 }
 
+// Barrier 1: a value is there, barrier 2: it has been read. Warp 3 has nothing to do with it.
+template <int kMistake>
+__global__ void producer_kernel(int* y, int rounds) {
+  FB_SHARED(int, value, [32]);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int sum = 0;
+  for (int n = 0; n < rounds; ++n) {
+    if (warp == 0) {
+      if (n > 0 && kMistake != kBarrierMissing) named_barrier_sync(2, 96);
+      value[lane] = n;
+      named_barrier_arrive(1, 96);
+    } else if (warp < 3) {
+      named_barrier_sync(1, kMistake == kUnequalCounts ? 64 : 96);
+      sum += value[31 - lane];
+      if (n + 1 < rounds && (kMistake != kMissingArrival || warp != 2)) named_barrier_arrive(2, 96);
+    }
+  }
+  if (warp == 1 || warp == 2) y[threadIdx.x - 32] = sum;
+}
+
 }  // namespace
 
 template <class T>
@@ -143,5 +164,18 @@ int launch_stream(const float* x, float* y, int count, int tiles, int mistake, v
     CASE(kCopyLeft);
   }
 #undef CASE
+  return cudaGetLastError();
+}
+
+int launch_producer(int* y, int rounds, int mistake, void* stream) {
+  if (mistake == kMissingArrival) {
+    FB_LAUNCH((producer_kernel<kMissingArrival>), dim3(1), dim3(128), 0, stream, y, rounds);
+  } else if (mistake == kUnequalCounts) {
+    FB_LAUNCH((producer_kernel<kUnequalCounts>), dim3(1), dim3(128), 0, stream, y, rounds);
+  } else if (mistake == kBarrierMissing) {
+    FB_LAUNCH((producer_kernel<kBarrierMissing>), dim3(1), dim3(128), 0, stream, y, rounds);
+  } else {
+    FB_LAUNCH((producer_kernel<kNoBarrierMistake>), dim3(1), dim3(128), 0, stream, y, rounds);
+  }
   return cudaGetLastError();
 }

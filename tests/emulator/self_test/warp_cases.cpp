@@ -81,6 +81,15 @@ void stream(int mistake) {
   std::printf("%s\n", largest_difference(got, want) == 0 ? "right" : "wrong");
 }
 
+void producer(int mistake) {
+  constexpr int rounds = 9;
+  int y[64];
+  launch_producer(y, rounds, mistake, nullptr);
+  bool right = true;
+  for (const int sum : y) right = right && sum == rounds * (rounds - 1) / 2;
+  std::printf("%s\n", right ? "right" : "wrong");
+}
+
 }  // namespace
 
 void add_warp_cases(Cases& cases) {
@@ -92,6 +101,10 @@ void add_warp_cases(Cases& cases) {
   cases["product_tf32_truncated"] = [] { product_tf32(false); };
   cases["transpose"] = [] { transpose(); };
   cases["stream"] = [] { stream(kNoWarpMistake); };
+  cases["producer"] = [] { producer(kNoBarrierMistake); };
+  cases["producer_missing_arrival"] = [] { producer(kMissingArrival); };
+  cases["producer_unequal_counts"] = [] { producer(kUnequalCounts); };
+  cases["producer_barrier_missing"] = [] { producer(kBarrierMissing); };
   cases["copy_without_wait"] = [] { stream(kCopyWithoutWait); };
   cases["copy_waits_for_too_few"] = [] { stream(kCopyWaitsForTooFew); };
   cases["copy_without_barrier"] = [] { stream(kCopyWithoutBarrier); };

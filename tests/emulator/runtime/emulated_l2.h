@@ -1,4 +1,4 @@
-// Twins of csrc/cuda/grid_barrier.h.
+// Twins of csrc/cuda/l2.h.
 #pragma once
 
 #include "hardware.h"
