@@ -200,6 +200,28 @@ def test_path_length(layers):
     assert gradcheck(lambda matrix: penalty(matrix)[0], (matrix,))
 
 
+def test_path_length_of_a_zero_jacobian():
+    """The second sample does not depend on its latents: no NaN, and the gradient of the first alone."""
+    scale = torch.tensor([2.0, 0.0], dtype=torch.float64, requires_grad=True)
+    latents = images(2, 3).requires_grad_()
+    generated = (scale * latents.sum(1))[:, None, None, None].expand(2, 1, 2, 2)
+    random = torch.Generator().manual_seed(0)
+    value, mean = gan.path_length_penalty(generated, latents, 1.0, generator=random)
+    (gradient,) = torch.autograd.grad(value, scale)
+    assert value.isfinite() and mean.isfinite()
+    assert gradient[0] != 0 and gradient[1] == 0
+
+
+def test_samples_of_one_number():
+    """(N,): the gradient of x^2 is 2 x, its squared norm 4 x^2."""
+    x, zero = images(5), torch.zeros(5, dtype=torch.float64)
+    torch.testing.assert_close(gan.r1_penalty(torch.square, x, gamma=2.0), 4 * x.square().mean())
+    torch.testing.assert_close(gan.r2_penalty(torch.square, x, gamma=2.0), 4 * x.square().mean())
+    between = gan.interpolate(x, zero, generator=torch.Generator().manual_seed(0))
+    penalty = gan.wgan_gp_penalty(torch.square, x, zero, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(penalty, 10 * (2 * between.abs() - 1).square().mean())
+
+
 def test_path_length_module_keeps_the_mean():
     module = gan.PathLengthPenalty(decay=0.5)
     latents = torch.randn(4, 6, requires_grad=True)

@@ -48,7 +48,8 @@ def squared_gradient_norm(logits: Tensor, samples: Tensor, *, grad_scale: float 
     gradient = gradient.to(_statistics_dtype(gradient))
     if grad_scale != 1.0:
         gradient = gradient / grad_scale
-    return gradient.square().flatten(1).sum(1)
+    squares = gradient.square()
+    return squares.flatten(1).sum(1) if squares.dim() > 1 else squares
 
 
 def r1_penalty(
@@ -139,9 +140,7 @@ def wgan_gp_penalty(
     """
     samples = interpolate(real, fake, generator=generator).requires_grad_()
     squared = squared_gradient_norm(discriminator(samples), samples, grad_scale=grad_scale)
-    # sqrt has an infinite slope at 0: there, and nowhere else, the constant 0 takes its place.
-    zero = squared == 0
-    excess = torch.where(zero, 0.0, squared.masked_fill(zero, 1.0).sqrt()) - target
+    excess = _root(squared) - target
     return weight * (excess.relu() if one_sided else excess).square().mean()
 
 
@@ -164,7 +163,8 @@ def path_length_penalty(
         generator: random numbers for y.
 
     Returns:
-        The penalty, a 0-d tensor (the paper's weight is 2, every 8th step times 8), and the new a, detached.
+        The penalty, a 0-d tensor (the paper's weight is 2, every 8th step times 8), and the new a, detached. Where J is
+        exactly zero, so is the penalty's gradient.
 
     Raises:
         ValueError: images or latents of other ranks, or of different N.
@@ -179,7 +179,7 @@ def path_length_penalty(
     ) / math.sqrt(images.shape[2] * images.shape[3])
     (jacobian,) = torch.autograd.grad((images * noise).sum(), latents, create_graph=True)
     squared = jacobian.to(_statistics_dtype(jacobian)).square().sum(-1)
-    lengths = (squared if squared.dim() == 1 else squared.mean(1)).sqrt()
+    lengths = _root(squared if squared.dim() == 1 else squared.mean(1))
     mean = torch.as_tensor(mean_length, dtype=lengths.dtype, device=lengths.device)
     mean = torch.lerp(mean, lengths.mean(), decay)
     return (lengths - mean).square().mean(), mean.detach()
@@ -275,6 +275,12 @@ class PathLengthPenalty(nn.Module):
     def extra_repr(self) -> str:
         """The arguments."""
         return f"decay={self.decay}"
+
+
+def _root(squared: Tensor) -> Tensor:
+    """The square root, whose infinite slope at 0 is left out: there, and nowhere else, the constant 0 takes its place."""
+    zero = squared == 0
+    return torch.where(zero, 0.0, squared.masked_fill(zero, 1.0).sqrt())
 
 
 def _statistics_dtype(tensor: Tensor) -> torch.dtype:
