@@ -40,7 +40,7 @@ gpu:
 
 example: build
 	$(PY) examples/forecast.py --plot $(OUT)/forecast.png
-	$(PY) examples/dcgan.py --out $(OUT)/dcgan
+	$(PY) examples/dcgan.py --out $(OUT)/dcgan --overwrite
 
 lint: build
 	$(PY) -m ruff check .

@@ -7,7 +7,8 @@
 
 Discriminator and generator take turns, a step each. Into ``--out`` go samples after every epoch (``samples/``), curves
 of losses, D(x), D(G(z)) and gradient norms (``curves.png``), and ``checkpoint.pt``, replaced in one step: a kill at any
-moment leaves a whole one. Samples are drawn with averaged weights.
+moment leaves a whole one. Samples are drawn with averaged weights. A checkpoint is gone on from with ``--resume``, with the
+same options and images only, or removed with ``--overwrite``.
 
 The options decide a run: same seed, threads and machine, same weights, bit by bit, also if it was killed and resumed. All
 that is random comes from one generator per process, which checkpoints hold, and from permutations of the data, which
@@ -15,7 +16,8 @@ follow from seed and epoch.
 
 With digits the end is a check: of 1000 samples, how many does a classifier take for a digit, and how many of each class?
 It was trained on real digits and on junk made of them (`dcgan_report.Judge`); what it says of unseen real digits and unseen
-junk is printed beside. The exit code is 1 if fewer than ``--require`` are accepted or a digit is missing.
+junk is printed beside. The exit code is 1 if fewer than ``--require`` are accepted or a digit is missing, 2 if options,
+images or checkpoint cannot be used.
 """
 
 from __future__ import annotations
@@ -30,10 +32,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from dcgan_inputs import Parser, at_least, fingerprint, load_digits, load_folder, number, refuse
 from dcgan_report import Judge, plot, save_grid
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -50,7 +51,9 @@ PENALTIES: dict[str, tuple[str, ...]] = {
     "wgan-gp": ("wgan-gp",),
 }
 #: Options that may differ between a run and its resumption.
-FREE = ("epochs", "out", "resume", "require", "checkpoint_every", "threads")
+FREE = ("epochs", "out", "resume", "overwrite", "require", "checkpoint_every", "threads")
+#: What a checkpoint holds.
+CHECKPOINT = {"options", "images", "step", "history", "random", "parts"}
 
 
 @dataclass(frozen=True)
@@ -89,55 +92,20 @@ def world(device: str) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def load_digits(size: int) -> tuple[Tensor, np.ndarray]:
-    """scikit-learn's 1797 digits, 8x8 or enlarged, ``(N, 1, size, size)`` in [-1, 1], and their labels."""
-    from sklearn import datasets
-
-    if size not in (8, 16, 32):
-        raise SystemExit(f"digits come in sizes 8, 16 and 32, not {size}")
-    digits = datasets.load_digits()
-    images = torch.tensor(digits.images / 8.0 - 1.0, dtype=torch.float32)[:, None]
-    if size > 8:
-        images = F.interpolate(images, (size, size), mode="bicubic", align_corners=False).clamp(-1, 1)
-    return images, digits.target
-
-
-def load_folder(folder: Path, size: int, gray: bool) -> Tensor:
-    """All images below a folder, their middle square resized, uint8 ``(N, 3 or 1, size, size)``."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    images, unreadable = [], 0
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        try:
-            with Image.open(path) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("L" if gray else "RGB")
-        except UnidentifiedImageError:
-            continue
-        except OSError:
-            unreadable += 1
-            continue
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(picture))
-        images.append(pixels[None] if gray else pixels.permute(2, 0, 1))
-    if unreadable:
-        print(f"{folder}: {unreadable} broken images left out")
-    if not images:
-        raise SystemExit(f"{folder}: no images found")
-    return torch.stack(images)
-
-
 class Trainer:
     """Networks, optimizers, averages, random numbers and records of one run: all that a checkpoint holds."""
 
     def __init__(self, images: Tensor, args: argparse.Namespace, place: World) -> None:
         self.args, self.place = args, place
+        self.fingerprint = fingerprint(images)
         self.images = images.to(place.device)
         self.batch = args.batch // place.size
         self.steps_per_epoch = len(images) // args.batch
-        if args.batch % place.size or not self.steps_per_epoch or self.batch < 2:
-            raise SystemExit(
-                f"--batch {args.batch}: must divide by {place.size} processes, leave 2 for each, and not exceed "
-                f"{len(images)} images"
+        if not self.steps_per_epoch:
+            refuse(f"--batch {args.batch}: more than there are images, {len(images)}")
+        if args.batch % place.size or self.batch < 2:
+            refuse(
+                f"--batch {args.batch}: expected 2 images or more, equally many, for {place.size} processes"
             )
         torch.manual_seed(args.seed)
         channels = images.shape[1]
@@ -271,6 +239,7 @@ class Trainer:
             return
         checkpoint = {
             "options": options(self.args),
+            "images": self.fingerprint,
             "step": self.step,
             "history": self.history,
             "random": states,
@@ -284,14 +253,12 @@ class Trainer:
             os.fsync(file.fileno())
         unfinished.replace(path)
 
-    def load(self, path: Path) -> None:
+    def load(self, checkpoint: dict[str, Any]) -> None:
         """Go back to where a checkpoint was written, exactly."""
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if (then := checkpoint["options"]) != (now := options(self.args)):
-            changed = [name for name in now if now[name] != then.get(name)]
-            raise SystemExit(f"{path}: written with other options: {', '.join(changed)}")
+        if checkpoint["images"] != self.fingerprint:
+            refuse(f"--resume: begun with other images: {checkpoint['images']}; now {self.fingerprint}")
         if len(checkpoint["random"]) != self.place.size:
-            raise SystemExit(f"{path}: written by {len(checkpoint['random'])} processes")
+            refuse(f"--resume: begun by {len(checkpoint['random'])} processes, now {self.place.size}")
         for name, part in self.parts().items():
             part.load_state_dict(checkpoint["parts"][name])
         own, default = checkpoint["random"][self.place.rank]
@@ -303,6 +270,22 @@ class Trainer:
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that decide a run."""
     return {name: value for name, value in vars(args).items() if name not in FREE}
+
+
+def read_checkpoint(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """A checkpoint to resume from: a whole one, written with the same options."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever broken bytes lead it to
+        refuse(f"{path}: broken, cannot be resumed ({type(error).__name__}); --overwrite begins anew")
+    if not isinstance(checkpoint, dict) or checkpoint.keys() != CHECKPOINT:
+        refuse(f"{path}: not a checkpoint of this program; --overwrite begins anew")
+    then, now = checkpoint["options"], options(args)
+    changed = [name for name in sorted(then | now) if then.get(name) != now.get(name)]
+    if changed:
+        was = (f"--{name.replace('_', '-')} {then.get(name)}, now {now.get(name)}" for name in changed)
+        refuse(f"{path}: written with other options: {'; '.join(was)}")
+    return checkpoint
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
@@ -370,42 +353,91 @@ def judge(trainer: Trainer, referee: Judge, require: float) -> bool:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(description="Train a DCGAN on digits or on a folder of images.")
+    positive = number(float, "a number above 0", lambda value: 0 < value < float("inf"))
+    weight = number(float, "a number from 0 on", lambda value: 0 <= value < float("inf"))
+    decay = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
+    share = number(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+    seed = number(int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+    threads = number(int, "a whole number from 1 to 1024", lambda value: 1 <= value <= 1024)
+    sizes = [8 << doublings for doublings in range(8)]
+
+    parser = Parser(description="Train a DCGAN on digits or on a folder of images.")
     parser.add_argument("--data", default="digits", help="'digits', or a folder of images")
     parser.add_argument("--gray", action="store_true", help="one channel instead of three (folders)")
-    parser.add_argument("--size", type=int, default=32, help="of images: a power of two; digits: 8, 16 or 32")
+    parser.add_argument("--size", type=int, choices=sizes, default=32, help="of images; digits: up to 32")
     parser.add_argument("--loss", choices=gan.LOSSES, default="relativistic")
     parser.add_argument("--penalty", choices=PENALTIES, default="r1")
-    parser.add_argument("--gamma", type=float, default=0.5, help="weight of the penalties")
+    parser.add_argument("--gamma", type=weight, default=0.5, help="weight of the penalties")
     parser.add_argument(
         "--norm",
         choices=("auto", "batch", "instance", "none"),
         default="auto",
         help="of the discriminator; auto: batch without penalty, none with one",
     )
-    parser.add_argument("--width", type=int, default=20, help="channels at half the size")
-    parser.add_argument("--latent", type=int, default=24, help="random numbers per image")
-    parser.add_argument("--batch", type=int, default=64, help="images per step, of all processes together")
-    parser.add_argument("--epochs", type=int, default=150)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--beta1", type=float, default=0.0)
-    parser.add_argument("--beta2", type=float, default=0.99)
-    parser.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=None, help="default: PyTorch's")
-    parser.add_argument("--out", type=Path, default=Path("out/dcgan"))
-    parser.add_argument("--checkpoint-every", type=int, default=0, help="steps; default: every epoch")
-    parser.add_argument("--resume", action="store_true", help="go on from --out, if there is a checkpoint")
+    parser.add_argument("--width", type=at_least(1), default=20, help="channels at half the size")
+    parser.add_argument("--latent", type=at_least(1), default=24, help="random numbers per image")
     parser.add_argument(
-        "--require", type=float, default=0.5, help="share of accepted digits below which to fail"
+        "--batch", type=at_least(2), default=64, help="images per step, of all processes together"
     )
-    return parser.parse_args(argv)
+    parser.add_argument("--epochs", type=at_least(1), default=150)
+    parser.add_argument("--lr", type=positive, default=2e-3)
+    parser.add_argument("--beta1", type=decay, default=0.0)
+    parser.add_argument("--beta2", type=decay, default=0.99)
+    parser.add_argument("--ema", type=decay, default=0.998, help="decay of the averaged weights")
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=threads, default=None, help="default: PyTorch's")
+    parser.add_argument("--out", type=Path, default=Path("out/dcgan"))
+    parser.add_argument("--checkpoint-every", type=at_least(1), help="steps; default: every epoch")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from --out, if there is a checkpoint")
+    again.add_argument("--overwrite", action="store_true", help="begin anew, remove the checkpoint in --out")
+    parser.add_argument(
+        "--require", type=share, default=0.5, help="share of accepted digits below which to fail"
+    )
+    args = parser.parse_args(argv)
+    if args.data == "digits" and args.size > 32:
+        parser.error(f"--size {args.size}: digits come in sizes 8, 16 and 32")
+    if args.data != "digits" and not Path(args.data).is_dir():
+        parser.error(f"--data {args.data}: neither 'digits' nor a folder")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA device")
+    return args
+
+
+def open_out(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Make the folder for results; gives the checkpoint in it, if there is one to resume from."""
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"--out {args.out}: {error.strerror}")
+    checkpoint = args.out / "checkpoint.pt"
+    if args.overwrite or not checkpoint.exists():
+        return None
+    if not args.resume:
+        refuse(
+            f"{checkpoint} exists: --resume goes on from it, --overwrite removes it; or give another --out"
+        )
+    return read_checkpoint(checkpoint, args)
+
+
+def report(trainer: Trainer, args: argparse.Namespace) -> None:
+    """Samples and curves of the whole run."""
+    written = ["checkpoint.pt", "samples.png", "samples/"]
+    save_grid(trainer.sample(SAMPLES), args.out / "samples.png")
+    try:
+        name = "probability of real" if trainer.loss.is_probability else "logit"
+        plot(trainer.history, f"{args.loss}, {args.penalty}", name, args.out / "curves.png")
+        written.append("curves.png")
+    except ImportError:
+        print("no curves: matplotlib is not installed")
+    print(f"wrote {args.out}/: {', '.join(written)}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train, show, and judge digits; 0 if they pass."""
     args = parse(argv)
+    checkpoint = open_out(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     labels = None
@@ -417,9 +449,11 @@ def main(argv: list[str] | None = None) -> int:
         torch.backends.cudnn.deterministic = True
     with world(args.device) as place:
         trainer = Trainer(images, args, place)
-        checkpoint = args.out / "checkpoint.pt"
-        if args.resume and checkpoint.exists():
+        if checkpoint is not None:
             trainer.load(checkpoint)
+        elif args.overwrite and place.writes:
+            for old in (args.out / "checkpoint.pt", *(args.out / "samples").glob("epoch-*.png")):
+                old.unlink(missing_ok=True)
         begin, first = time.perf_counter(), trainer.step
         train(trainer, args)
         seconds, steps = time.perf_counter() - begin, trainer.step - first
@@ -429,13 +463,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{tuple(images.shape)} images, {args.loss} loss, penalty {args.penalty}: {steps} steps of {args.batch} in "
             f"{seconds:.0f} s, {place.size} processes, {torch.get_num_threads()} threads"
         )
-        save_grid(trainer.sample(SAMPLES), args.out / "samples.png")
-        try:
-            name = "probability of real" if trainer.loss.is_probability else "logit"
-            plot(trainer.history, f"{args.loss}, {args.penalty}", name, args.out / "curves.png")
-        except ImportError:
-            print("no curves: matplotlib is not installed")
-        print(f"wrote {args.out}/: checkpoint.pt, samples.png, samples/, curves.png")
+        report(trainer, args)
         return 0 if labels is None or judge(trainer, Judge(images, labels), args.require) else 1
 
 

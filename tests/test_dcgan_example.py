@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
+import zlib
 from itertools import product
 from pathlib import Path
 
@@ -138,7 +140,7 @@ def test_torchrun(tmp_path):
                 dcgan.world = lambda _: contextlib.nullcontext(place)
                 for out, *more in (("whole", *two), ("parts", "--epochs", "1"), ("parts", *two, "--resume")):
                     dcgan.main([*{options!r}, "--out", str(Path({str(tmp_path)!r}) / out), *more])
-                torch.distributed.barrier()
+                    torch.distributed.barrier()  # the next run reads what the first process wrote
             """
         )
     )
@@ -238,13 +240,45 @@ def test_folder(dcgan, tmp_path, gray, capsys):
         Image.fromarray(pixels).save(folder / "more" / f"{n}.png" if n % 2 else folder / f"{n}.jpg")
     Image.new("RGBA", (8, 8), (255, 0, 0, 128)).save(folder / "alpha.png")
     (folder / "notes.txt").write_text("no image")
-    (folder / "broken.png").write_bytes((folder / "more" / "1.png").read_bytes()[:100])
+    whole = (folder / "more" / "1.png").read_bytes()
+    (folder / "broken").write_bytes(whole[:100])  # an image by what is in it
+    (folder / "huge.png").write_bytes(png(30000, 30000, b""))  # Pillow: DecompressionBombError
+    (folder / "corrupt.ppm").write_bytes(b"P6\n3x2 32\n255\n" + bytes(99))  # ValueError
+    (folder / "empty.jpg").touch()  # not told from what is no image but by its name
+    Image.fromarray(torch.rand(9, 9).numpy()).save(folder / "floats.tif")
     options = [*TINY, "--batch", "7", "--epochs", "1", "--data", str(folder), "--out", str(tmp_path / "out")]
     assert dcgan.main([*options, *(["--gray"] if gray else [])]) == 0
     out = capsys.readouterr().out
-    assert f"(21, {1 if gray else 3}, 8, 8) images" in out and "1 broken images" in out
+    assert (
+        f"(21, {1 if gray else 3}, 8, 8) images" in out
+        and "5 broken images left out, first broken: OSError" in out
+    )
     with Image.open(tmp_path / "out" / "samples" / "epoch-0001.png") as grid:
         assert grid.size == (200, 200) and grid.mode == ("L" if gray else "RGB")
+
+
+def png(width, height, pixels):
+    """A PNG of whatever is given: RGB, 8 bits."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("gray", [False, True])
+@pytest.mark.parametrize("name", ["ramp.png", "ramp.tif", "ramp.pgm"])
+def test_16_bits_are_scaled(dcgan, tmp_path, name, gray):
+    from PIL import Image
+
+    ramp = (257 * torch.arange(256) - 100).clamp(0).repeat(256, 1).numpy().astype("uint16")
+    if name.endswith("pgm"):
+        (tmp_path / name).write_bytes(b"P5\n256 256\n65535\n" + ramp.astype(">u2").tobytes())
+    else:
+        Image.fromarray(ramp).save(tmp_path / name)
+    images = dcgan.load_folder(tmp_path, 256, gray)
+    assert torch.equal(images[0, -1], torch.arange(256, dtype=torch.uint8).repeat(256, 1))
 
 
 def test_grid(dcgan, tmp_path):
@@ -290,15 +324,142 @@ def test_verdict(dcgan, referee, trainer, capsys):
     assert not dcgan.judge(run, referee, 0.5), "digits are missing"
 
 
-def test_bad_options(dcgan, tmp_path):
-    options = [*TINY, "--epochs", "1", "--out", str(tmp_path), "--loss", "hinge", "--penalty", "none"]
-    dcgan.main(options)
-    with pytest.raises(SystemExit, match="other options: loss, seed"):
-        dcgan.main([*options, "--resume", "--loss", "minimax", "--seed", "4"])
-    for wrong, message in (
-        (["--batch", "5000"], "not exceed 1797 images"),
-        (["--size", "64"], "digits come in sizes 8, 16 and 32, not 64"),
-        (["--data", str(tmp_path / "nothing")], "no images found"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            dcgan.main([*options, *wrong])
+def refused(dcgan, capsys, *options):
+    """The one line with which it ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        dcgan.main([*TINY, *map(str, options)])
+    out, line = capsys.readouterr()
+    assert ended.value.code == 2 and not out
+    assert line.startswith("dcgan.py: ") and line.count("\n") == 1 and line.endswith("\n"), line
+    return line
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        *(
+            (f"--epochs={n}", f"--epochs: expected a whole number from 1 on, got {n}")
+            for n in ("0", "-3", "x")
+        ),
+        *((f"--batch={n}", f"--batch: expected a whole number from 2 on, got {n}") for n in ("0", "-4", "1")),
+        *((f"--size={n}", f"--size: invalid choice: {n}") for n in (0, 4, 12, -8)),
+        ("--size=64", "--size 64: digits come in sizes 8, 16 and 32"),
+        ("--width=0", "--width: expected a whole number from 1 on, got 0"),
+        ("--latent=0", "--latent: expected a whole number from 1 on, got 0"),
+        ("--ema=2", "--ema: expected a number from 0 to below 1, got 2"),
+        *((f"--lr={n}", f"--lr: expected a number above 0, got {n}") for n in ("-1", "0", "nan", "inf")),
+        ("--beta1=1.5", "--beta1: expected a number from 0 to below 1, got 1.5"),
+        ("--beta2=1", "--beta2: expected a number from 0 to below 1, got 1"),
+        ("--gamma=-1", "--gamma: expected a number from 0 on, got -1"),
+        ("--require=1.1", "--require: expected a number from 0 to 1, got 1.1"),
+        ("--seed=-1", "--seed: expected a whole number from 0 to 4294967295, got -1"),
+        *((f"--threads={n}", f"--threads: expected a whole number from 1 to 1024, got {n}") for n in (-2, 0)),
+        *(
+            (f"--checkpoint-every={n}", f"-every: expected a whole number from 1 on, got {n}")
+            for n in (-5, 0)
+        ),
+        ("--data=nothing", "--data nothing: neither 'digits' nor a folder"),
+        ("--device=cuda", "--device cuda: PyTorch finds no CUDA device"),
+    ],
+)
+def test_bad_options(dcgan, tmp_path, capsys, monkeypatch, option, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert message in refused(dcgan, capsys, "--out", tmp_path / "out", option)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_inputs(dcgan, tmp_path, capsys):
+    out = ("--out", tmp_path / "out")
+    assert "--batch 5000: more than there are images, 1797" in refused(dcgan, capsys, *out, "--batch", 5000)
+    (tmp_path / "empty").mkdir()
+    assert "empty: no images found" in refused(dcgan, capsys, *out, "--data", tmp_path / "empty")
+    (tmp_path / "file").touch()
+    assert "--out" in refused(dcgan, capsys, "--out", tmp_path / "file")
+    assert "Not a directory" in refused(dcgan, capsys, "--out", tmp_path / "file" / "out")
+    args = dcgan.parse([*TINY, "--batch", "6"])
+    for processes in (4, 6):
+        with pytest.raises(SystemExit):
+            dcgan.Trainer(torch.zeros(9, 1, 8, 8), args, dcgan.World(0, processes, torch.device("cpu")))
+        assert f"equally many, for {processes} processes" in capsys.readouterr().err
+
+
+def fill(folder, first, last):
+    """Images of a folder, each of its own."""
+    from PIL import Image
+
+    folder.mkdir(exist_ok=True)
+    for n in range(first, last):
+        Image.new("RGB", (8, 8), (n, 7 * n, 255 - n)).save(folder / f"{n:02d}.png")
+
+
+def test_what_is_resumed_and_what_overwritten(dcgan, tmp_path, monkeypatch, capsys):
+    """A checkpoint goes on with the options and images it was begun with, and is removed only if that is asked for."""
+    monkeypatch.setattr(dcgan, "plot", lambda *_: None)
+    folder, out = tmp_path / "images", tmp_path / "out"
+    checkpoint, late = out / "checkpoint.pt", out / "samples" / "epoch-0002.png"
+    fill(folder, 0, 8)
+    options = ["--batch", "4", "--epochs", "2", "--data", str(folder), "--out", str(out)]
+    assert dcgan.main([*TINY, *options]) == 0
+    before = checkpoint.read_bytes()
+    message = refused(dcgan, capsys, *options)
+    assert all(
+        text in message for text in ("checkpoint.pt exists", "--resume", "--overwrite", "another --out")
+    )
+    assert "not allowed with" in refused(dcgan, capsys, *options, "--resume", "--overwrite")
+    message = refused(dcgan, capsys, *options, "--resume", "--loss", "minimax", "--seed", "4")
+    assert "other options: --loss relativistic, now minimax; --seed 0, now 4" in message
+
+    fill(folder, 8, 10)
+    message = refused(dcgan, capsys, *options, "--resume")
+    assert "other images: 8 images, SHA-256 " in message and "; now 10 images, SHA-256 " in message
+    for n in (8, 9):
+        (folder / f"{n:02d}.png").unlink()
+    (folder / "00.png").rename(folder / "99.png")
+    assert "other images: 8 images, SHA-256 " in refused(dcgan, capsys, *options, "--resume")
+    (folder / "99.png").rename(folder / "00.png")
+    assert checkpoint.read_bytes() == before
+
+    assert dcgan.main([*TINY, *options, "--resume", "--epochs", "3"]) == 0
+    assert " 2 steps of 4" in capsys.readouterr().out
+    assert dcgan.main([*TINY, *options, "--overwrite", "--epochs", "1"]) == 0
+    assert torch.load(checkpoint, weights_only=True)["step"] == 2
+    assert not late.exists()
+
+
+def test_resumed_by_other_processes(dcgan, tmp_path, trainer, capsys):
+    run = trainer()
+    run.save(tmp_path / "checkpoint.pt")
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    with pytest.raises(SystemExit):
+        run.load(checkpoint | {"random": 2 * checkpoint["random"]})
+    assert "begun by 2 processes, now 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["junk", "empty", "truncated", "foreign", "tensor", "folder"])
+def test_broken_checkpoint(dcgan, tmp_path, trainer, capsys, damage):
+    path = tmp_path / "checkpoint.pt"
+    trainer().save(path)
+    whole = path.read_bytes()
+    if damage == "folder":
+        path.unlink()
+        path.mkdir()
+    elif damage in ("foreign", "tensor"):
+        torch.save({"step": 3} if damage == "foreign" else torch.zeros(3), path)
+    else:
+        path.write_bytes({"junk": b"junk\n", "empty": b"", "truncated": whole[: len(whole) // 2]}[damage])
+    message = refused(dcgan, capsys, "--out", tmp_path, "--resume")
+    expected = (
+        "not a checkpoint of this program" if damage in ("foreign", "tensor") else "broken, cannot be resumed"
+    )
+    assert expected in message and "--overwrite begins anew" in message
+
+
+def test_without_matplotlib(dcgan, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    fill(tmp_path / "images", 0, 4)
+    options = ["--batch", "4", "--epochs", "1", "--data", str(tmp_path / "images")]
+    assert dcgan.main([*TINY, *options, "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "no curves: matplotlib is not installed" in out and "curves.png" not in out
+    assert not (tmp_path / "out" / "curves.png").exists()
