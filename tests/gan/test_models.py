@@ -176,6 +176,27 @@ def test_resnet_initial_values():
             assert module.bias is None or not module.bias.detach().any()
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("init", [gan.init_dcgan, gan.init_sngan])
+def test_initialising_normalised_weights(init):
+    """What they are computed from is initialised: by what the plain model gets from the same random numbers."""
+    plain = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Linear(4, 2))
+    ours = fuseblock.nn.spectral_norm(copy.deepcopy(plain))
+    stock = copy.deepcopy(plain)
+    for layer in stock:
+        nn.utils.parametrizations.spectral_norm(layer)
+    for model in (plain, ours, stock):
+        torch.manual_seed(0)
+        assert init(model) is model
+    for k in range(2):
+        assert torch.equal(ours[k].weight_orig, plain[k].weight)
+        assert torch.equal(stock[k].parametrizations.weight.original, plain[k].weight)
+        assert not ours[k].bias.any()
+    assert ours(torch.randn(2, 3, 4, 6)).isfinite().all()
+    with pytest.raises(ValueError, match="parameter 'weight' to initialise in Conv2d"):
+        init(nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 5, 3))))
+
+
 def test_spectral_norm_reaches_every_weight():
     discriminator = gan.ResNetDiscriminator(8, 1, 4)
     images = torch.randn(4, 1, 8, 8)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..nn import BatchNormAct2d, Conv2d, Conv2dBlock, ConvTranspose2dBlock, ResidualBlock2d, spectral_norm
 
@@ -42,11 +45,12 @@ def _check_images(images: Tensor, channels: int, size: int) -> None:
 def init_dcgan(model: nn.Module) -> nn.Module:
     """Initialise as Radford et al. 2016 (arXiv:1511.06434): convolutions N(0, 0.02), batch norm weights N(1, 0.02).
 
-    Biases are 0. Works on any model, in place; returns it.
+    Biases are 0. Works on any model, in place; returns it. Where a weight is normalised (:func:`fuseblock.nn.spectral_norm`,
+    parametrizations), what it is computed from is initialised; u and v of spectral norm follow in training mode.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-            nn.init.normal_(module.weight, 0.0, 0.02)
+            _set_weight(module, partial(nn.init.normal_, mean=0.0, std=0.02))
         elif isinstance(module, nn.BatchNorm2d) and module.affine:
             nn.init.normal_(module.weight, 1.0, 0.02)
         else:
@@ -56,12 +60,23 @@ def init_dcgan(model: nn.Module) -> nn.Module:
     return model
 
 
+def _set_weight(module: nn.Module, fill: Callable[[Tensor], Tensor]) -> None:
+    """``fill`` the weight, or what it is computed from."""
+    if is_parametrized(module, "weight"):
+        module.weight = fill(torch.empty_like(module.weight))  # type: ignore[arg-type]
+        return
+    weight = module._parameters.get("weight", module._parameters.get("weight_orig"))
+    if weight is None:
+        raise ValueError(f"expected a parameter 'weight' to initialise in {module}: do it before normalising")
+    fill(weight)
+
+
 @torch.no_grad()
 def init_sngan(model: nn.Module) -> nn.Module:
     """Initialise as the code of Miyato et al. 2018: Xavier uniform, gain sqrt(2) inside residual blocks, else 1; biases 0.
 
-    Works in place on a model before :func:`fuseblock.nn.spectral_norm`; returns it. Batch norm
-    keeps its weights 1 and biases 0.
+    Works in place, best before :func:`fuseblock.nn.spectral_norm` (normalised weights as in :func:`init_dcgan`); returns the
+    model. Batch norm keeps its weights 1 and biases 0.
     """
     inner = {
         conv
@@ -71,7 +86,8 @@ def init_sngan(model: nn.Module) -> nn.Module:
     }
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.xavier_uniform_(module.weight, math.sqrt(2.0) if module in inner else 1.0)
+            gain = math.sqrt(2.0) if module in inner else 1.0
+            _set_weight(module, partial(nn.init.xavier_uniform_, gain=gain))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return model
