@@ -158,6 +158,21 @@ def test_shapes_and_layouts(forced: Forced, shape: tuple[int, ...], activation: 
     check(Problem(shape, activation, CLAMP, torch.float64, last=True), forced)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("channels", [3, 40000])
+def test_the_result_is_a_new_tensor(channels: int, backend: str, dtype: torch.dtype) -> None:
+    """Also where there is nothing to do: writing to it leaves x as it was."""
+    for wants_gradient in (False, True):
+        x = torch.zeros(2, channels, dtype=dtype, requires_grad=wants_gradient)
+        with fuseblock.backend(backend):
+            y = functional.bias_act(x)
+            assert not y._is_view()
+            y.detach().add_(1)
+            torch.func.jvp(lambda x: functional.bias_act(x).add_(1), (x.detach(),), (x.detach(),))
+        assert not x.any()
+
+
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("channels", [3, 16, 130])
 def test_wide_tensors_take_several_runs_and_parts(channels: int, last: bool) -> None:

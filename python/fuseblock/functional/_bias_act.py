@@ -126,7 +126,7 @@ def _composed(
     if gain != 1:
         y = y * gain
     if clamp is None:
-        return y
+        return y.clone() if y is x else y
     return y.clamp(-clamp, clamp) if clamp >= 0 else None
 
 

@@ -97,7 +97,8 @@ def bias_act_reference(
 ) -> Tensor:
     """Y of x (N, C, ...); bias and the slope of prelu (C,) or None, clamp infinity for none."""
     v = _scaled(_pre_activation(x, bias), slope, activation, negative_slope, gain)
-    return (v.clamp(-clamp, clamp) if math.isfinite(clamp) else v).to(x.dtype)
+    y = (v.clamp(-clamp, clamp) if math.isfinite(clamp) else v).to(x.dtype)
+    return y.clone() if y is x else y
 
 
 def with_mask(
