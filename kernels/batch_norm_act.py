@@ -6,6 +6,7 @@ second order  V, v_r cotangents of dx, dr; h = dy act''(z) (prelu: dy [z <= 0]):
               a_x = k4 V + k5 G + k6 a_z + k7 + k8 xhat
 launch/batch_norm_act.py makes the coefficients k of the sums. Tensors are (samples, channels, size) contiguous, or channels
 last: (size, channels), samples = 1. Statistics, sums and per-channel operands are float32 (float64 for float64).
+Instance norm of (samples, size, channels): what is (channels,) here then is (samples channels,), see channel_tiles.py.
 Passes over the tensor: statistics 1, forward 2, backward 2 and 3, second order 3 and 5; a residual, v_r one more each.
 Every program of a reduction writes one partial, so the order of sums is fixed. `mask` holds one bit an element in memory
 order, the lowest first: the sign of z. ALIGNED promises that every row of every tile starts at 16 bytes.
@@ -15,38 +16,20 @@ import triton
 import triton.language as tl
 
 from .channel_tiles import (
-    CHANNELS_LAST,
+    ROWS,
     element_ptrs,
+    end_and_step,
+    first_chunk,
     load_channels,
     load_elements,
     load_positive,
     load_slope,
+    operand_rows,
     store_positive,
     store_sum,
     tile_index,
 )
 from .pointwise import PRELU, act, act_grad, act_grad_grad, act_grad_of_sign, is_positive
-
-
-@triton.jit
-def load_operands(
-    mean_ptr,
-    invstd_ptr,
-    weight_ptr,
-    bias_ptr,
-    slope_ptr,
-    c,
-    c_in,
-    ONE_SLOPE: tl.constexpr,
-    NEGATIVE_SLOPE: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """The per-channel operands of a tile: mean, invstd, weight, bias, slope of negative arguments."""
-    mean = load_channels(mean_ptr, c, c_in, 0.0, DTYPE)
-    invstd = load_channels(invstd_ptr, c, c_in, 1.0, DTYPE)
-    weight = load_channels(weight_ptr, c, c_in, 1.0, DTYPE)
-    bias = load_channels(bias_ptr, c, c_in, 0.0, DTYPE)
-    return mean, invstd, weight, bias, load_slope(slope_ptr, c, c_in, ONE_SLOPE, NEGATIVE_SLOPE, DTYPE)
 
 
 @triton.jit
@@ -82,8 +65,8 @@ def batch_norm_act_stats_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """Statistics of every program's share of the tiles."""
-    axis: tl.constexpr = 0 if LAYOUT == CHANNELS_LAST else 1
-    first = tl.program_id(0)
+    axis: tl.constexpr = 1 if LAYOUT == ROWS else 0
+    first = first_chunk(chunks, samples, LAYOUT)
     _, _, row, col, inside = tile_index(first, samples, channels, size, LAYOUT, BLOCK_C, BLOCK_S)
     x = load_elements(x_ptr, row, col, inside, DTYPE, ALIGNED)
     count = tl.sum(inside.to(DTYPE), axis=axis, keep_dims=True)
@@ -91,7 +74,8 @@ def batch_norm_act_stats_kernel(
     number = tl.zeros(inside.shape, DTYPE)
     total = tl.zeros(inside.shape, DTYPE)
     squares = tl.zeros(inside.shape, DTYPE)
-    for chunk in range(first, chunks, tl.num_programs(0)):
+    end, step = end_and_step(chunks, samples, LAYOUT)
+    for chunk in range(first, end, step):
         _, _, row, col, inside = tile_index(chunk, samples, channels, size, LAYOUT, BLOCK_C, BLOCK_S)
         x = load_elements(x_ptr, row, col, inside, DTYPE, ALIGNED)
         d = tl.where(inside, x - shift, 0.0)
@@ -105,9 +89,9 @@ def batch_norm_act_stats_kernel(
     m2 = squares - total * delta
     # Rounding can make it negative; NaN stays.
     m2 = tl.where(m2 < 0, 0.0, m2)
-    store_sum(out_ptr, 0, 3, number, channels, LAYOUT, BLOCK_C)
-    store_sum(out_ptr, 1, 3, shift + delta, channels, LAYOUT, BLOCK_C)
-    store_sum(out_ptr, 2, 3, m2, channels, LAYOUT, BLOCK_C)
+    store_sum(out_ptr, 0, 3, number, samples, channels, LAYOUT, BLOCK_C)
+    store_sum(out_ptr, 1, 3, shift + delta, samples, channels, LAYOUT, BLOCK_C)
+    store_sum(out_ptr, 2, 3, m2, samples, channels, LAYOUT, BLOCK_C)
 
 
 @triton.jit(
@@ -230,7 +214,7 @@ def batch_norm_act_bwd_reduce_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """The sums of the first order."""
-    first = tl.program_id(0)
+    first = first_chunk(chunks, samples, LAYOUT)
     c, c_in, row, col, inside = tile_index(first, samples, channels, size, LAYOUT, BLOCK_C, BLOCK_S)
     mean, invstd = (
         load_channels(mean_ptr, c, c_in, 0.0, DTYPE),
@@ -244,7 +228,8 @@ def batch_norm_act_bwd_reduce_kernel(
     s1 = tl.zeros(inside.shape, DTYPE)
     s2 = tl.zeros(inside.shape, DTYPE)
     s3 = tl.zeros(inside.shape, DTYPE)
-    for chunk in range(first, chunks, tl.num_programs(0)):
+    end, step = end_and_step(chunks, samples, LAYOUT)
+    for chunk in range(first, end, step):
         _, _, row, col, inside = tile_index(chunk, samples, channels, size, LAYOUT, BLOCK_C, BLOCK_S)
         dy = load_elements(dy_ptr, row, col, inside, DTYPE, ALIGNED)
         x = load_elements(x_ptr, row, col, inside, DTYPE, ALIGNED)
@@ -256,10 +241,10 @@ def batch_norm_act_bwd_reduce_kernel(
         if ACT == PRELU:
             s3 += dy * tl.where(z > 0, 0.0, z)
     sums: tl.constexpr = 3 if ACT == PRELU else 2
-    store_sum(out_ptr, 0, sums, s1, channels, LAYOUT, BLOCK_C)
-    store_sum(out_ptr, 1, sums, s2, channels, LAYOUT, BLOCK_C)
+    store_sum(out_ptr, 0, sums, s1, samples, channels, LAYOUT, BLOCK_C)
+    store_sum(out_ptr, 1, sums, s2, samples, channels, LAYOUT, BLOCK_C)
     if ACT == PRELU:
-        store_sum(out_ptr, 2, sums, s3, channels, LAYOUT, BLOCK_C)
+        store_sum(out_ptr, 2, sums, s3, samples, channels, LAYOUT, BLOCK_C)
 
 
 @triton.jit(
@@ -313,9 +298,10 @@ def batch_norm_act_bwd_kernel(
     xhat = (x - mean) * invstd
     z = xhat * weight + bias + load_elements(residual_ptr, row, col, inside, DTYPE, ALIGNED)
     g = dy * grad_of_act(z, mask_ptr, row, col, inside, slope, ACT)
+    rows = operand_rows(samples, channels, LAYOUT)
     k0 = load_channels(k_ptr, c, c_in, 0.0, DTYPE)
-    k1 = load_channels(k_ptr + channels, c, c_in, 0.0, DTYPE)
-    k2 = load_channels(k_ptr + 2 * channels, c, c_in, 0.0, DTYPE)
+    k1 = load_channels(k_ptr + rows, c, c_in, 0.0, DTYPE)
+    k2 = load_channels(k_ptr + 2 * rows, c, c_in, 0.0, DTYPE)
     tl.store(element_ptrs(dx_ptr, row, col, ALIGNED), k0 * g + k1 + k2 * xhat, mask=inside)
     if dresidual_ptr is not None:
         tl.store(element_ptrs(dresidual_ptr, row, col, ALIGNED), g, mask=inside)
@@ -357,7 +343,7 @@ def batch_norm_act_bwd_bwd_reduce_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """The sums of the second order."""
-    first = tl.program_id(0)
+    first = first_chunk(chunks, samples, LAYOUT)
     c, c_in, row, col, inside = tile_index(first, samples, channels, size, LAYOUT, BLOCK_C, BLOCK_S)
     mean, invstd = (
         load_channels(mean_ptr, c, c_in, 0.0, DTYPE),
@@ -371,7 +357,8 @@ def batch_norm_act_bwd_bwd_reduce_kernel(
     zero = tl.zeros(inside.shape, DTYPE)
     t1, t2, s1, s2, gv = zero, zero, zero, zero, zero
     h1, hx, hxx, hv, hvx, hr, hrx = zero, zero, zero, zero, zero, zero, zero
-    for chunk in range(first, chunks, tl.num_programs(0)):
+    end, step = end_and_step(chunks, samples, LAYOUT)
+    for chunk in range(first, end, step):
         _, _, row, col, inside = tile_index(chunk, samples, channels, size, LAYOUT, BLOCK_C, BLOCK_S)
         v = load_elements(v_ptr, row, col, inside, DTYPE, ALIGNED)
         dy = load_elements(dy_ptr, row, col, inside, DTYPE, ALIGNED)
@@ -395,20 +382,20 @@ def batch_norm_act_bwd_bwd_reduce_kernel(
                 v_residual = load_elements(v_residual_ptr, row, col, inside, DTYPE, ALIGNED)
                 hr += h * v_residual
                 hrx += h * v_residual * xhat
-    store_sum(out_ptr, 0, SUMS, t1, channels, LAYOUT, BLOCK_C)
-    store_sum(out_ptr, 1, SUMS, t2, channels, LAYOUT, BLOCK_C)
-    store_sum(out_ptr, 2, SUMS, s1, channels, LAYOUT, BLOCK_C)
-    store_sum(out_ptr, 3, SUMS, s2, channels, LAYOUT, BLOCK_C)
-    store_sum(out_ptr, 4, SUMS, gv, channels, LAYOUT, BLOCK_C)
+    store_sum(out_ptr, 0, SUMS, t1, samples, channels, LAYOUT, BLOCK_C)
+    store_sum(out_ptr, 1, SUMS, t2, samples, channels, LAYOUT, BLOCK_C)
+    store_sum(out_ptr, 2, SUMS, s1, samples, channels, LAYOUT, BLOCK_C)
+    store_sum(out_ptr, 3, SUMS, s2, samples, channels, LAYOUT, BLOCK_C)
+    store_sum(out_ptr, 4, SUMS, gv, samples, channels, LAYOUT, BLOCK_C)
     if SUMS > 5:
-        store_sum(out_ptr, 5, SUMS, h1, channels, LAYOUT, BLOCK_C)
-        store_sum(out_ptr, 6, SUMS, hx, channels, LAYOUT, BLOCK_C)
-        store_sum(out_ptr, 7, SUMS, hxx, channels, LAYOUT, BLOCK_C)
-        store_sum(out_ptr, 8, SUMS, hv, channels, LAYOUT, BLOCK_C)
-        store_sum(out_ptr, 9, SUMS, hvx, channels, LAYOUT, BLOCK_C)
+        store_sum(out_ptr, 5, SUMS, h1, samples, channels, LAYOUT, BLOCK_C)
+        store_sum(out_ptr, 6, SUMS, hx, samples, channels, LAYOUT, BLOCK_C)
+        store_sum(out_ptr, 7, SUMS, hxx, samples, channels, LAYOUT, BLOCK_C)
+        store_sum(out_ptr, 8, SUMS, hv, samples, channels, LAYOUT, BLOCK_C)
+        store_sum(out_ptr, 9, SUMS, hvx, samples, channels, LAYOUT, BLOCK_C)
     if SUMS > 10:
-        store_sum(out_ptr, 10, SUMS, hr, channels, LAYOUT, BLOCK_C)
-        store_sum(out_ptr, 11, SUMS, hrx, channels, LAYOUT, BLOCK_C)
+        store_sum(out_ptr, 10, SUMS, hr, samples, channels, LAYOUT, BLOCK_C)
+        store_sum(out_ptr, 11, SUMS, hrx, samples, channels, LAYOUT, BLOCK_C)
 
 
 @triton.jit(
@@ -467,25 +454,26 @@ def batch_norm_act_bwd_bwd_kernel(
     xhat = (x - mean) * invstd
     z = xhat * weight + bias + load_elements(residual_ptr, row, col, inside, DTYPE, ALIGNED)
     grad = grad_of_act(z, mask_ptr, row, col, inside, slope, ACT)
+    rows = operand_rows(samples, channels, LAYOUT)
     k0 = load_channels(k_ptr, c, c_in, 0.0, DTYPE)
-    k1 = load_channels(k_ptr + channels, c, c_in, 0.0, DTYPE)
-    k2 = load_channels(k_ptr + 2 * channels, c, c_in, 0.0, DTYPE)
+    k1 = load_channels(k_ptr + rows, c, c_in, 0.0, DTYPE)
+    k2 = load_channels(k_ptr + 2 * rows, c, c_in, 0.0, DTYPE)
     q = k0 * v + k1 + k2 * xhat + v_residual
     a_dy = q * grad
-    k4 = load_channels(k_ptr + 4 * channels, c, c_in, 0.0, DTYPE)
-    k5 = load_channels(k_ptr + 5 * channels, c, c_in, 0.0, DTYPE)
-    k7 = load_channels(k_ptr + 7 * channels, c, c_in, 0.0, DTYPE)
-    k8 = load_channels(k_ptr + 8 * channels, c, c_in, 0.0, DTYPE)
+    k4 = load_channels(k_ptr + 4 * rows, c, c_in, 0.0, DTYPE)
+    k5 = load_channels(k_ptr + 5 * rows, c, c_in, 0.0, DTYPE)
+    k7 = load_channels(k_ptr + 7 * rows, c, c_in, 0.0, DTYPE)
+    k8 = load_channels(k_ptr + 8 * rows, c, c_in, 0.0, DTYPE)
     a_x = k4 * v + k5 * (dy * grad) + k7 + k8 * xhat
     if ACT >= PRELU:
         h = second_factor(dy, z, ACT)
         if ACT == PRELU:
-            k3 = load_channels(k_ptr + 3 * channels, c, c_in, 0.0, DTYPE)
+            k3 = load_channels(k_ptr + 3 * rows, c, c_in, 0.0, DTYPE)
             a_dy += k3 * tl.where(z > 0, 0.0, z)
             a_z = k3 * h
         else:
             a_z = h * q
-        a_x += load_channels(k_ptr + 6 * channels, c, c_in, 0.0, DTYPE) * a_z
+        a_x += load_channels(k_ptr + 6 * rows, c, c_in, 0.0, DTYPE) * a_z
         if a_residual_ptr is not None:
             tl.store(element_ptrs(a_residual_ptr, row, col, ALIGNED), a_z, mask=inside)
     tl.store(element_ptrs(a_dy_ptr, row, col, ALIGNED), a_dy, mask=inside)

@@ -4,6 +4,8 @@ A tile has rows and contiguous elements in them: channels and positions (ROWS), 
 one row of neighbouring elements whatever their channels (FLAT: for bit masks whose bytes span rows). Tiles are numbered by
 `chunk`, over samples and positions, and program_id(1), over blocks of channels; FLAT ones by `chunk` alone. Masks hold one
 bit an element in memory order, the lowest first. ALIGNED promises that every row of every tile starts at 16 bytes.
+SAMPLES_LAST: channels-last (samples, size, channels) where the channels of every sample have operands and sums of their own,
+those of a sample behind those of the sample before; a tile, and a program of a reduction, has elements of one sample.
 """
 
 import triton
@@ -12,6 +14,7 @@ import triton.language as tl
 ROWS = tl.constexpr(0)
 CHANNELS_LAST = tl.constexpr(1)
 FLAT = tl.constexpr(2)
+SAMPLES_LAST = tl.constexpr(3)
 
 
 @triton.jit
@@ -24,7 +27,7 @@ def tile_index(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """(channels, which of them exist, offsets of rows, of elements in a row, which elements exist) of one tile."""
+    """(places of operands, which of them exist, offsets of rows, of elements in a row, which elements exist) of one tile."""
     if LAYOUT == FLAT:
         row = (tl.cast(chunk, tl.int64) * BLOCK_S) + tl.zeros([1, 1], tl.int64)
         col = tl.arange(0, BLOCK_S)[None, :]
@@ -37,12 +40,45 @@ def tile_index(
         if LAYOUT == CHANNELS_LAST:
             c, s = c[None, :], s[:, None]
             row, col = s * channels, c
+        elif LAYOUT == SAMPLES_LAST:
+            c, s = c[None, :], s[:, None]
+            row, col = (tl.cast(chunk // blocks, tl.int64) * size + s) * channels, c
         else:
             c, s = c[:, None], s[None, :]
             row, col = (tl.cast(chunk // blocks, tl.int64) * channels + c) * size, s
         c_inside = c < channels
         inside = c_inside & (s < size)
+        if LAYOUT == SAMPLES_LAST:
+            c += (chunk // blocks) * channels
     return c, c_inside, row, col, inside
+
+
+@triton.jit
+def operand_rows(samples, channels, LAYOUT: tl.constexpr):
+    """The number of operands of one kind, which is the distance of coefficients."""
+    return samples * channels if LAYOUT == SAMPLES_LAST else channels
+
+
+@triton.jit
+def first_chunk(chunks, samples, LAYOUT: tl.constexpr):
+    """The first tile of this program of a reduction; SAMPLES_LAST: all programs of a sample follow each other."""
+    if LAYOUT == SAMPLES_LAST:
+        programs = tl.num_programs(0) // samples
+        first = (tl.program_id(0) // programs) * (chunks // samples) + tl.program_id(0) % programs
+    else:
+        first = tl.program_id(0)
+    return first
+
+
+@triton.jit
+def end_and_step(chunks, samples, LAYOUT: tl.constexpr):
+    """Where the tiles of this program end, and how far they are apart."""
+    if LAYOUT == SAMPLES_LAST:
+        step = tl.num_programs(0) // samples
+        end = (tl.program_id(0) // step + 1) * (chunks // samples)
+    else:
+        end, step = chunks, tl.num_programs(0)
+    return end, step
 
 
 @triton.jit
@@ -120,9 +156,14 @@ def store_positive(
 
 
 @triton.jit
-def store_sum(ptr, which, sums, total, channels, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Add a tile up per channel and write it as this program's partial: ptr (programs, sums, channels)."""
+def store_sum(ptr, which, sums, total, samples, channels, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Add a tile up per channel and write it as this program's partial: ptr (programs of a sample, sums, operands)."""
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    value = tl.sum(total, axis=0 if LAYOUT == CHANNELS_LAST else 1)
-    place = (tl.program_id(0) * sums + which).to(tl.int64) * channels
+    value = tl.sum(total, axis=1 if LAYOUT == ROWS else 0)
+    if LAYOUT == SAMPLES_LAST:
+        programs = tl.num_programs(0) // samples
+        sample, program = tl.program_id(0) // programs, tl.program_id(0) % programs
+        place = ((program * sums + which).to(tl.int64) * samples + sample) * channels
+    else:
+        place = (tl.program_id(0) * sums + which).to(tl.int64) * channels
     tl.store(ptr + place + c, value, mask=c < channels)

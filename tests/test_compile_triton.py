@@ -212,6 +212,7 @@ def _usual_norm_jobs() -> Iterator[dict[str, Any]]:
     yield from _norm_jobs(90, "fp32", True, 4096, rows, "prelu", "residual")
     yield from _norm_jobs(90, "fp64", True, 64, last, "silu", "residual")
     yield from _norm_jobs(90, "bf16", False, 49, rows, "leaky_relu", "mask")
+    yield from _norm_jobs(90, "bf16", True, 128, channel_tiles.SAMPLES_LAST.value, "silu", "")
     yield from _flat_and_combining_jobs(90)
 
 
@@ -222,6 +223,8 @@ def _all_norm_jobs() -> Iterator[dict[str, Any]]:
     for arch, dtype, activation in itertools.product(ARCHITECTURES, STATE, ("silu", "tanh", "elu")):
         for layout, row in ((0, 49), (1, 3)):
             yield from _norm_jobs(arch, dtype, False, row, layout, activation, "residual")
+        for aligned, row in ((True, 64), (False, 3)):
+            yield from _norm_jobs(arch, dtype, aligned, row, channel_tiles.SAMPLES_LAST.value, activation, "")
     for arch in ARCHITECTURES:
         yield from _flat_and_combining_jobs(arch)
 

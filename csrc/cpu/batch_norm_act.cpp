@@ -137,7 +137,7 @@ class Run {
 
   void set_operands(int64_t c, const double* sums) {
     double values[kNormOperands] = {};
-    channel_.operands(channel_.context, c, sums, values);
+    channel_.operands(channel_.context, channel_.first + c, sums, values);
     for (int64_t column = c; column < view_.width; column += view_.C)
       for (int row = 0; row < kNormOperands; ++row) {
         if (view_.dtype == DType::f64) static_cast<double*>(view_.operands)[row * view_.padded + column] = values[row];
@@ -185,11 +185,37 @@ class Run {
   }
 };
 
+// Sample n of a call, alone.
+NormCall sample_of(NormCall call, int64_t n) {
+  const int64_t offset = n * call.N * call.C * call.S * storage_bytes(call.dtype);
+  for (const void** p : {&call.x, &call.dy, &call.v, &call.v_r, &call.residual})
+    if (*p) *p = static_cast<const char*>(*p) + offset;
+  for (void** p : {&call.result, &call.result2, &call.result3})
+    if (*p) *p = static_cast<char*>(*p) + offset;
+  call.samples = 1;
+  return call;
+}
+
 }  // namespace
 
 void batch_norm_act(const NormCall& call, NormSums what, int64_t sums, NormResult result, const NormChannel& channel,
                     const Threads& threads) {
-  Run(call, what, sums, result, channel, threads).run();
+  if (call.samples == 1) return Run(call, what, sums, result, channel, threads).run();
+  const auto run = [&](int64_t n, const Threads& own) {
+    const NormChannel of_sample{channel.operands, channel.context, channel.first + n * call.C};
+    Run(sample_of(call, n), what, sums, result, of_sample, own).run();
+  };
+  // A thread takes whole samples, and finds their elements in its cache when it comes to the results. Few large samples,
+  // which would leave threads idle, have all threads one after the other.
+  const int64_t each = call.N * call.C * call.S;
+  if (call.samples % threads.count != 0 && call.samples < 8 * threads.count && each >= 2 * kGrain) {
+    for (int64_t n = 0; n < call.samples; ++n) run(n, threads);
+    return;
+  }
+  const Threads alone{threads.parallel_for, 1};
+  parallel_for(threads, call.samples, kGrain / (each + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) run(n, alone);
+  });
 }
 
 NormAdjoints second_order_of_channel(const double* sums, double v_w, double v_b, double v_a, double w, double s,

@@ -28,6 +28,9 @@ struct NormCall {
   // Rows: x is (N, C, S) with the channels' stride S. Channels last: (N, C), S is 1.
   bool channels_last;
   int64_t N, C, S;
+  // Instance norm: tensors are this many of those, one behind the other, each with statistics and operands of its own.
+  // They have no masks, whose bytes would span samples.
+  int64_t samples = 1;
   // Absent tensors are null; v, v_r and residual then count as zeros. With a mask, its bits take the place of z's sign.
   const void *x, *dy, *v, *v_r, *residual;
   const uint8_t* mask;
@@ -57,12 +60,13 @@ struct NormKernels {
   void (*apply_with_mask)(const NormView&, int64_t begin, int64_t end);
 };
 
-// What a channel's operands are.
+// What a channel's operands are. The channels of sample n come behind those of the samples before it: n C + c.
 struct NormChannel {
   // Sets them all (kNormOperands, given as zeros): without sums (null) what these and results without sums need, and then
   // from the sums (stats: mean and squared deviations) what results need. Channels are done in any order, by any thread.
   void (*operands)(void* context, int64_t channel, const double* sums, double* operands);
   void* context;
+  int64_t first = 0;  // channel 0 of this call
 };
 
 // Sums, then results; either may be none. Statistics need no operands.

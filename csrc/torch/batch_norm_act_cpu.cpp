@@ -66,7 +66,8 @@ struct NormProblem {
   ScalarType dtype, state;
   cpu::NormCall call = {};
 
-  NormProblem(const char* op, const Tensor& x, int64_t activation)
+  // per_sample: the channels of every sample are channels of their own, as in instance norm.
+  NormProblem(const char* op, const Tensor& x, int64_t activation, bool per_sample = false)
       : op(op), shape(shape_of(x)), dtype(x.scalar_type()), state(state_type(dtype)) {
     check_isa(op);
     STD_TORCH_CHECK(shape.size() >= 2 && shape.size() <= 8, op, ": x must have shape (N, C, ...), got ", text(shape));
@@ -86,11 +87,13 @@ struct NormProblem {
         if (d != 1) step *= shape[d];
       }
     }
-    if (call.channels_last) call.N *= call.S, call.S = 1;
+    if (per_sample && call.channels_last) call.samples = call.N, call.N = call.S, call.S = 1;
+    else if (per_sample) call.C *= call.N, call.N = 1;
+    else if (call.channels_last) call.N *= call.S, call.S = 1;
     call.x = full(x, "x");
   }
 
-  int64_t channels() const { return call.C; }
+  int64_t channels() const { return call.samples * call.C; }
   double values_per_channel() const { return (double)call.N * (double)call.S; }
   bool is_prelu() const { return call.activation == Activation::prelu; }
   bool is_curved() const { return is_prelu() || is_smooth(call.activation); }
@@ -121,8 +124,8 @@ struct NormSite : NormProblem {
 
   NormSite(const char* op, const Tensor& x, const MaybeTensor& mean, const MaybeTensor& invstd, const MaybeTensor& weight,
            const MaybeTensor& bias, const MaybeTensor& residual, const MaybeTensor& mask, const MaybeTensor& slope,
-           int64_t activation, double negative_slope)
-      : NormProblem(op, x, activation),
+           int64_t activation, double negative_slope, bool per_sample = false)
+      : NormProblem(op, x, activation, per_sample),
         mean(mean, op, "mean", channels(), state),
         invstd(invstd, op, "invstd", channels(), state),
         weight(weight, op, "weight", channels(), state),
@@ -130,6 +133,7 @@ struct NormSite : NormProblem {
         slope(slope, op, "slope", channels(), state, true),
         negative_slope(negative_slope) {
     STD_TORCH_CHECK(is_prelu() == slope.has_value(), op, ": slope belongs to prelu");
+    STD_TORCH_CHECK(!per_sample || (!residual && !mask), op, ": statistics per sample take no residual");
     call.residual = full(residual, "residual");
     if (!mask) return;
     STD_TORCH_CHECK(mask->is_cpu() && mask->is_contiguous() && mask->scalar_type() == ScalarType::Byte &&
@@ -186,9 +190,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act(
     const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
     const MaybeTensor& slope, const MaybeTensor& given_mean, const MaybeTensor& given_var, const MaybeTensor& running_mean,
     const MaybeTensor& running_var, double momentum, double eps, int64_t activation, double negative_slope, bool training,
-    bool want_mask) {
+    bool want_mask, bool per_sample) {
   NormSite p("batch_norm_act", x, given_mean, std::nullopt, weight, bias, residual, std::nullopt, slope, activation,
-             negative_slope);
+             negative_slope, per_sample);
+  STD_TORCH_CHECK(!want_mask || residual, p.op, ": a mask belongs to a residual");
   const ChannelValues known_var(given_var, p.op, "var", p.channels(), p.state);
   STD_TORCH_CHECK((bool)p.mean == (bool)known_var && (training || known_var), p.op, ": mean and var belong together");
   ChannelOutput mean({p.channels()}, p.state), var({p.channels()}, p.state), invstd({p.channels()}, p.state), count({1}, p.state);
@@ -214,8 +219,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_bwd(const Tensor& dy, const Tensor& x, FB_SITE,
                                                                       bool training, bool want_dx, bool want_sums,
-                                                                      bool want_dresidual) {
-  NormSite p(FB_SITE_OF("batch_norm_act_bwd", x));
+                                                                      bool want_dresidual, bool per_sample) {
+  NormSite p(FB_SITE_OF("batch_norm_act_bwd", x), per_sample);
   p.call.dy = p.full(dy, "dy");
   Tensor dx = p.fresh(want_dx), dresidual = p.fresh(want_dresidual);
   ChannelOutput dweight({want_sums && weight ? p.channels() : 0}, p.state);
@@ -245,8 +250,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_bwd(const Tens
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_bwd_bwd(
     const MaybeTensor& v_dx, const MaybeTensor& v_dweight, const MaybeTensor& v_dbias, const MaybeTensor& v_dslope,
-    const MaybeTensor& v_dresidual, const Tensor& dy, const Tensor& x, FB_SITE, bool training) {
-  NormSite p(FB_SITE_OF("batch_norm_act_bwd_bwd", x));
+    const MaybeTensor& v_dresidual, const Tensor& dy, const Tensor& x, FB_SITE, bool training,
+    bool per_sample) {
+  NormSite p(FB_SITE_OF("batch_norm_act_bwd_bwd", x), per_sample);
   p.call.dy = p.full(dy, "dy");
   p.call.v = p.full(v_dx, "v_dx");
   p.call.v_r = p.full(v_dresidual, "v_dresidual");

@@ -39,15 +39,15 @@ STABLE_TORCH_LIBRARY(fuseblock_cpu, m) {
   m.def(
       "batch_norm_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, Tensor? mean, Tensor? var,"
       " Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps, int activation,"
-      " float negative_slope, bool training, bool want_mask)"
+      " float negative_slope, bool training, bool want_mask, bool per_sample=False)"
       " -> (Tensor y, Tensor mean, Tensor var, Tensor invstd, Tensor count, Tensor mask)");
   m.def(
       "batch_norm_act_bwd(Tensor dy, Tensor x," NORM_SITE ", bool training, bool want_dx,"
-      " bool want_sums, bool want_dresidual)"
+      " bool want_sums, bool want_dresidual, bool per_sample=False)"
       " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dslope, Tensor dresidual)");
   m.def(
       "batch_norm_act_bwd_bwd(Tensor? v_dx, Tensor? v_dweight, Tensor? v_dbias, Tensor? v_dslope, Tensor? v_dresidual,"
-      " Tensor dy, Tensor x," NORM_SITE ", bool training)"
+      " Tensor dy, Tensor x," NORM_SITE ", bool training, bool per_sample=False)"
       " -> (Tensor a_dy, Tensor a_x, Tensor a_weight, Tensor a_bias, Tensor a_residual, Tensor a_slope)");
   m.def("batch_norm_act_stats(Tensor x) -> Tensor");
   m.def("batch_norm_act_fwd_apply(Tensor x," NORM_SITE ", bool want_mask) -> (Tensor y, Tensor mask)");
@@ -65,6 +65,7 @@ STABLE_TORCH_LIBRARY(fuseblock_cpu, m) {
   m.def(
       "bias_act(Tensor x, Tensor? bias, Tensor? slope, int activation, float negative_slope, float gain, float clamp,"
       " bool save) -> (Tensor y, Tensor mask)");
+  m.def("leaky_relu_(Tensor(a!) x, float negative_slope) -> Tensor mask");
   m.def(
       "bias_act_bwd(Tensor dy, Tensor? x, Tensor? bias, Tensor? slope, Tensor? mask, int activation,"
       " float negative_slope, float gain, float clamp, bool need_dbias) -> (Tensor dx, Tensor dbias, Tensor dslope)");

@@ -20,14 +20,18 @@ from ._library import backward_is_seen, plain_eager, state_dtype, wants_gradient
 from .launch.batch_norm_act import dense, dense_like, is_masked, needs_residual
 from .ops import batch_norm_act_bwd
 
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+#: The kernels' dtypes and those of their statistics.
+_STATE_OF = {
+    dtype: state_dtype(dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+}
 _PRESENT = _ext.has("fuseblock_cpu", "batch_norm_act")
 _FORWARD = torch.ops.fuseblock_cpu.batch_norm_act.default if _PRESENT else None
 _BACKWARD = torch.ops.fuseblock_cpu.batch_norm_act_bwd.default if _PRESENT else None
 
 #: Elements up to which inference is two calls of PyTorch's: the tensor stays in cache, and they take less time than ours.
-_FEW_ELEMENTS = 1 << 18
-_IN_PLACE: dict[str, Callable[[Tensor, float], object]] = {
+FEW_ELEMENTS = 1 << 18
+#: Activations that overwrite their argument.
+IN_PLACE: dict[str, Callable[[Tensor, float], object]] = {
     "identity": lambda y, slope: y,
     "relu": lambda y, slope: y.relu_(),
     "leaky_relu": F.leaky_relu_,
@@ -41,15 +45,15 @@ def can_run(
     x: Tensor, others: tuple[Tensor | None, ...], running: tuple[Tensor | None, Tensor | None]
 ) -> bool:
     """Whether `run` may take a call without a process group: plain eager, on the CPU, with the kernels' dtypes."""
-    return (
-        _PRESENT
-        and isinstance(x, Tensor)
-        and x.device.type == "cpu"
-        and x.dtype in _DTYPES
-        and dispatch.forced() in ("auto", "aten", "cpu")
-        and all(t is None or (t.dtype is state_dtype(x.dtype) and t.is_contiguous()) for t in running)
-        and plain_eager((x, *others, *running))
-    )
+    if not _PRESENT or not isinstance(x, Tensor) or not x.is_cpu:
+        return False
+    state = _STATE_OF.get(x.dtype)
+    if state is None or dispatch.forced() not in ("auto", "aten", "cpu"):
+        return False
+    for t in running:
+        if t is not None and (t.dtype is not state or not t.is_contiguous()):
+            return False
+    return plain_eager((x, *others, *running))
 
 
 def run(
@@ -65,8 +69,9 @@ def run(
     activation: str,
     negative_slope: float,
     training: bool,
+    per_sample: bool = False,
 ) -> Tensor:
-    """The result y; arguments as in `functional.batch_norm_act`.
+    """The result y; arguments as in `functional.batch_norm_act` and, ``per_sample``, in the operator.
 
     ``given``: mean and var of a call that is not training. ``moved``: running statistics that are to be moved.
     """
@@ -76,21 +81,22 @@ def run(
         torch.autograd.graph.increment_version((moved[0], moved[1]))
     constants = (*given, *moved, momentum, eps, number(activation), negative_slope, training)
     if wants_gradient((x, weight, bias, residual, slope)):
-        result = _BatchNormAct.apply(x, weight, bias, residual, slope, activation, constants)  # type: ignore[no-untyped-call]
+        inputs = x, weight, bias, residual, slope
+        result = _BatchNormAct.apply(*inputs, activation, constants, per_sample)  # type: ignore[no-untyped-call]
     elif (
         not training
         and residual is None
-        and activation in _IN_PLACE
-        and x.numel() <= _FEW_ELEMENTS
+        and activation in IN_PLACE
+        and x.numel() <= FEW_ELEMENTS
         and dispatch.forced() != "cpu"
         and all(t is None or t.dtype is x.dtype for t in (weight, bias, *given))
     ):
         mean, var = given
         result = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
-        _IN_PLACE[activation](result, negative_slope)
+        IN_PLACE[activation](result, negative_slope)
     else:
         assert _FORWARD is not None
-        result = _FORWARD(x, weight, bias, residual, slope, *constants, False)[0]
+        result = _FORWARD(x, weight, bias, residual, slope, *constants, False, per_sample)[0]
     return cast(Tensor, result)
 
 
@@ -105,39 +111,42 @@ class _BatchNormAct(torch.autograd.Function):
         slope: Tensor | None,
         activation: str,
         constants: tuple[Any, ...],
+        per_sample: bool,
     ) -> Tensor:
         assert _FORWARD is not None
         masked = residual is not None and is_masked(activation)
-        y, mean, _, invstd, _, mask = _FORWARD(x, weight, bias, residual, slope, *constants, masked)
+        inputs = x, weight, bias, residual, slope
+        y, mean, _, invstd, _, mask = _FORWARD(*inputs, *constants, masked, per_sample)
         ctx.set_materialize_grads(False)
         kept = residual if needs_residual(activation) else None
         ctx.save_for_backward(x, weight, bias, kept, slope, mask if masked else None)
         # Neither inputs nor outputs, and small: they need not be saved as those are.
         ctx.statistics = mean, invstd
-        ctx.options = activation, *constants[5:]
+        ctx.options = activation, *constants[5:], per_sample
         ctx.forced = dispatch.forced()
         return cast(Tensor, y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:  # type: ignore[override]
         if dy is None:
-            return (None,) * 7
+            return (None,) * 8
         x, weight, bias, residual, slope, mask = ctx.saved_tensors
         mean, invstd = ctx.statistics
-        activation, eps, act, negative_slope, training = ctx.options
+        activation, eps, act, negative_slope, training, per_sample = ctx.options
         want_x, want_weight, want_bias, want_residual, want_slope = ctx.needs_input_grad[:5]
         # The gradient of a residual before no activation is dy itself.
         is_identity = activation == "identity"
         wants = want_x, want_weight or want_bias or want_slope, want_residual and not is_identity
         if backward_is_seen():
-            count = mean.new_full((), x.numel() // x.shape[1])
+            count = mean.new_full((), x.numel() // mean.numel())
             saved = x, weight, bias, residual, slope, mean, invstd, count, mask
+            options = activation, negative_slope, training, "", eps
             with dispatch.backend(ctx.forced):
-                grads = batch_norm_act_bwd(dy, *saved, activation, negative_slope, training, "", eps, *wants)
+                grads = batch_norm_act_bwd(dy, *saved, *options, *wants, per_sample)
         else:
             assert _BACKWARD is not None
             site = mean, invstd, weight, bias, residual, mask, slope, act, negative_slope
-            grads = _BACKWARD(dense_like(dy, x), x, *site, training, *wants)
+            grads = _BACKWARD(dense_like(dy, x), x, *site, training, *wants, per_sample)
         dx, dweight, dbias, dslope, dresidual = grads
         if is_identity:
             dresidual = dy
@@ -147,6 +156,7 @@ class _BatchNormAct(torch.autograd.Function):
             dbias if want_bias else None,
             dresidual if want_residual else None,
             dslope if want_slope else None,
+            None,
             None,
             None,
         )

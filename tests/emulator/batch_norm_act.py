@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuseblock.launch.batch_norm_act import DRIVERS
+from fuseblock.launch.batch_norm_act import DRIVERS, folding
 from fuseblock.launch.cuda_batch_norm_act import CudaKernels
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -34,7 +34,7 @@ class EmulatedBatchNormAct:
 
     def operators(self) -> dict[str, Any]:
         """The operators' implementations, by name."""
-        return {op: partial(run, self.kernels) for op, run in DRIVERS.items()}
+        return {op: folding(partial(run, self.kernels)) for op, run in DRIVERS.items()}
 
     def _run(self, kernel: str, x: Tensor, site: tuple[Any, ...], **tensors: Tensor | None) -> None:
         numbers = self.numbers(x, site)

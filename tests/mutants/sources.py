@@ -55,11 +55,17 @@ _TRITON = (
 
 _NORM = "tests/ops/test_batch_norm_act_kernels.py"
 _NORM_CUDA = (_selected("cuda", _NORM), _selected("threads", _NORM))
-_NORM_TRITON = (_selected("triton and float64", _NORM), _selected("triton", _NORM))
+_INSTANCE_NORM = "tests/ops/test_instance_norm_act.py"
+_NORM_TRITON = (
+    _selected("triton and float64", _NORM),
+    _selected("triton", _NORM),
+    _selected("triton", _INSTANCE_NORM),
+)
 
 _NORM_CPU = (
     _selected("not triton and not cuda and not reference", "tests/ops/test_batch_norm_act.py"),
     ("tests/ops/test_batch_norm_act_passes.py",),
+    _selected("not triton and not cuda and not reference", _INSTANCE_NORM),
 )
 
 _IMAGES = "tests/ops/test_upfirdn2d.py"

@@ -12,7 +12,7 @@ from .._library import forward_mode_active
 from ..reference.batch_norm_act import batch_norm_act_reference
 
 
-def _plain_pytorch() -> bool:
+def plain_pytorch() -> bool:
     """Whether the reference equations run in place of the operators, so that PyTorch sees and differentiates them."""
     name = dispatch.forced()
     return name == "reference" or (
@@ -92,7 +92,7 @@ def batch_norm_act(
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         save = True  # a wrapped tensor does not tell whether an outer transform will differentiate it
     args = (*tensors, mean, var, eps, activation, negative_slope, training, group, save)
-    if _plain_pytorch():
+    if plain_pytorch():
         args = ops.batch_norm_act.cast_for_autocast(args)
         ops.check_batch_norm_act(*args[:7], activation, training, group)
         outputs = batch_norm_act_reference(*args)

@@ -8,6 +8,9 @@
 
 with z = w xhat + b + r, G = dy act'(z), h = dy act''(z) (prelu: dy [z <= 0]), V and v_r the cotangents of dx and dresidual.
 The means of a_x's terms over the batch follow from the sums, so one pass for sums and one for results are enough.
+
+Instance norm (``per_sample``) is the same with the channels of every sample in the place of channels: what is (C,) or (k, C)
+then is (N C,) or (k, N C), the channels of one sample behind those of the sample before.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ class Site:
         slope: of prelu, (C,) or (1,), in the dtype of the statistics.
         activation: its number in `fuseblock._activations`.
         negative_slope: of leaky_relu.
+        per_sample: the channels of every sample are channels of their own. There is no residual then.
     """
 
     x: Tensor
@@ -49,12 +53,16 @@ class Site:
     slope: Tensor | None
     activation: int
     negative_slope: float
+    per_sample: bool = False
 
 
 class Kernels(Protocol):
-    """The kernels of one backend. Sums and coefficients are (k, C) in the dtype of the statistics."""
+    """The kernels of one backend. Sums and coefficients are (k, C) in the dtype of the statistics.
 
-    def stats(self, x: Tensor) -> Tensor:
+    Statistics per sample are asked of ``triton`` alone: ``cpu`` does them in its fused calls, ``cuda`` by `folding`.
+    """
+
+    def stats(self, x: Tensor, per_sample: bool = False) -> Tensor:
         """(2, C): mean and sum of squared deviations; zeros of nothing."""
 
     def fwd_apply(self, site: Site, want_mask: bool) -> tuple[Tensor, Tensor | None]:
@@ -99,6 +107,36 @@ def dense_like(t: Tensor | None, x: Tensor) -> Tensor | None:
 def dense(x: Tensor) -> Tensor:
     """The tensor x, contiguous unless it is channels-last."""
     return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+def number_of_channels(x: Tensor, per_sample: bool) -> int:
+    """How many channels have statistics of their own."""
+    return x.shape[0] * x.shape[1] if per_sample else x.shape[1]
+
+
+def folding(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, which knows no statistics per sample, as an operator of the family that does: by a batch of one.
+
+    With ``per_sample`` as the last argument, (N, C, ...) becomes (1, N C, ...), which copies what is channels-last.
+    """
+
+    def fold(*args: Any) -> Any:
+        *own, per_sample = args
+        if not per_sample:
+            return run(*own)
+        # Of the tensors with several dimensions, which have x's shape, x is the last: there is no residual.
+        x = dense([a for a in own if isinstance(a, Tensor) and a.dim() > 1][-1])
+        shape = x.shape
+        folded = 1, shape[0] * shape[1], *shape[2:]
+        results = run(*(a.reshape(folded) if isinstance(a, Tensor) and a.shape == shape else a for a in own))
+
+        def unfolded(t: Tensor) -> Tensor:
+            like_x = t.view(shape)
+            return like_x if x.is_contiguous() else like_x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+        return tuple(unfolded(t) if t.shape == folded else t for t in results)
+
+    return fold
 
 
 def _wide(t: Tensor | None, x: Tensor) -> Tensor | None:
@@ -148,12 +186,13 @@ def forward(
     training: bool,
     group: str,
     save: bool,
+    per_sample: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``batch_norm_act`` on the kernels of a backend; see ``ops/batch_norm_act.py``."""
     x = dense(x)
-    values = x.numel() // max(x.shape[1], 1)
+    values = x.numel() // max(number_of_channels(x, per_sample), 1)
     if mean is None or var is None:
-        mean, var, count = _batch_statistics(kernels.stats(x), values, group)
+        mean, var, count = _batch_statistics(kernels.stats(x, per_sample), values, group)
     else:
         wide = state_dtype(x.dtype)
         mean, var = mean.to(wide, copy=True), var.to(wide, copy=True)
@@ -172,6 +211,7 @@ def forward(
         _wide(slope, x),
         number(activation),
         negative_slope,
+        per_sample,
     )
     y, mask = kernels.fwd_apply(site, save and residual is not None and is_masked(activation))
     return y, mean, var, invstd, count, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
@@ -197,13 +237,15 @@ def backward(
     want_dx: bool,
     want_sums: bool,
     want_dresidual: bool,
+    per_sample: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``batch_norm_act_bwd`` on the kernels of a backend; see ``ops/batch_norm_act.py``."""
     dy, site = _backward_site(
-        dy, x, weight, bias, residual, slope, mean, invstd, mask, activation, negative_slope
+        dy, x, weight, bias, residual, slope, mean, invstd, mask, activation, negative_slope, per_sample
     )
-    empty = x.new_empty(0)
-    dx, dweight, dbias, dslope, dresidual = empty, empty, empty, empty, empty
+    # One tensor each: outputs of an operator do not alias.
+    dx, dresidual = x.new_empty(0), x.new_empty(0)
+    dweight, dbias, dslope = (mean.new_empty(0) for _ in range(3))
     zero = torch.zeros_like(mean)
     scale = invstd if site.weight is None else invstd * site.weight
     k = torch.stack([scale, zero, zero])
@@ -213,12 +255,12 @@ def backward(
             total = _over_ranks(sums[:2], group) / count
             k[1:] = -scale * total
     if want_sums:
-        dweight = empty if weight is None else sums[1].to(weight.dtype, copy=True)
-        dbias = empty if bias is None else sums[0].to(bias.dtype, copy=True)
-        dslope = empty if slope is None else _of_slope(sums[2], slope)
+        dweight = dweight if weight is None else sums[1].to(weight.dtype, copy=True)
+        dbias = dbias if bias is None else sums[0].to(bias.dtype, copy=True)
+        dslope = dslope if slope is None else _of_slope(sums[2], slope)
     if want_dx or want_dresidual:
         dx, g = kernels.bwd_apply(dy, site, k, want_dresidual)
-        dresidual = empty if g is None else g
+        dresidual = dresidual if g is None else g
     return dx, dweight, dbias, dslope, dresidual
 
 
@@ -234,13 +276,14 @@ def _backward_site(
     mask: Tensor | None,
     activation: str,
     negative_slope: float,
+    per_sample: bool,
 ) -> tuple[Tensor, Site]:
     x = dense(x)
     like_x = dense_like(dy, x)
     assert like_x is not None
     residual = None if mask is not None else dense_like(residual, x)
     affine = _wide(weight, x), _wide(bias, x), residual, mask, _wide(slope, x)
-    return like_x, Site(x, mean, invstd, *affine, number(activation), negative_slope)
+    return like_x, Site(x, mean, invstd, *affine, number(activation), negative_slope, per_sample)
 
 
 def _of_slope(per_channel: Tensor, slope: Tensor) -> Tensor:
@@ -270,10 +313,11 @@ def second_order(
     training: bool,
     group: str,
     eps: float,
+    per_sample: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``batch_norm_act_bwd_bwd`` on the kernels of a backend; see ``ops/batch_norm_act.py``."""
     dy, site = _backward_site(
-        dy, x, weight, bias, residual, slope, mean, invstd, mask, activation, negative_slope
+        dy, x, weight, bias, residual, slope, mean, invstd, mask, activation, negative_slope, per_sample
     )
     v, v_r = dense_like(v_dx, site.x), dense_like(v_dresidual, site.x)
     zero = torch.zeros_like(mean)
@@ -288,14 +332,17 @@ def second_order(
     w = torch.ones_like(mean) if site.weight is None else site.weight
     k, a_w, a_z, a_slope = second_order_coefficients(sums, *given, w, invstd, count, smooth, training, group)
     a_x, a_dy, a_r = kernels.bwd_bwd_apply(v, v_r, dy, site, k)
-    empty = x.new_empty(0)
+    if bias is not None:
+        a_bias = bias.new_empty(0) if is_linear(activation) else a_z.to(bias.dtype)
+    else:
+        a_bias = mean.new_empty(0)
     return (
         a_dy,
         a_x,
-        empty if weight is None else a_w.to(weight.dtype),
-        empty if bias is None or is_linear(activation) else a_z.to(bias.dtype),
-        empty if a_r is None or is_linear(activation) else a_r,
-        empty if slope is None else _of_slope(a_slope, slope),
+        mean.new_empty(0) if weight is None else a_w.to(weight.dtype),
+        a_bias,
+        x.new_empty(0) if a_r is None or is_linear(activation) else a_r,
+        mean.new_empty(0) if slope is None else _of_slope(a_slope, slope),
     )
 
 

@@ -41,8 +41,9 @@ def _site(site: Site) -> tuple[Any, ...]:
     return (*affine, site.activation, site.negative_slope)
 
 
-def stats(x: Tensor) -> Tensor:
+def stats(x: Tensor, per_sample: bool = False) -> Tensor:
     """See `batch_norm_act.Kernels.stats`."""
+    assert not per_sample
     return cast(Tensor, _OPS.batch_norm_act_stats.default(x))
 
 
@@ -95,6 +96,7 @@ def forward(
     training: bool,
     group: str,
     save: bool,
+    per_sample: bool = False,
 ) -> Any:
     """``batch_norm_act``; see ``ops/batch_norm_act.py``."""
     if training and group:
@@ -131,6 +133,7 @@ def forward(
         negative_slope,
         training,
         masked,
+        per_sample,
     )
 
 
@@ -150,17 +153,21 @@ def backward(
     training: bool,
     group: str,
     eps: float,
-    *wants: bool,
+    want_dx: bool,
+    want_sums: bool,
+    want_dresidual: bool,
+    per_sample: bool = False,
 ) -> Any:
     """``batch_norm_act_bwd``; see ``ops/batch_norm_act.py``."""
     if training and group:
         saved = x, weight, bias, residual, slope, mean, invstd, count, mask
-        options = activation, negative_slope, training, group, eps, *wants
+        options = activation, negative_slope, training, group, eps, want_dx, want_sums, want_dresidual
         return DRIVERS["batch_norm_act_bwd"](_KERNELS, dy, *saved, *options)
     x = dense(x)
     kept = None if mask is not None else dense_like(residual, x)
     site = mean, invstd, weight, bias, kept, mask, slope, number(activation), negative_slope
-    return _OPS.batch_norm_act_bwd.default(dense_like(dy, x), x, *site, training, *wants)
+    wants = want_dx, want_sums, want_dresidual
+    return _OPS.batch_norm_act_bwd.default(dense_like(dy, x), x, *site, training, *wants, per_sample)
 
 
 def second_order(
@@ -184,6 +191,7 @@ def second_order(
     training: bool,
     group: str,
     eps: float,
+    per_sample: bool = False,
 ) -> Any:
     """``batch_norm_act_bwd_bwd``; see ``ops/batch_norm_act.py``."""
     if training and group:
@@ -196,7 +204,7 @@ def second_order(
     v_x, v_r = dense_like(v_dx, x), dense_like(v_dresidual, x)
     site = mean, invstd, weight, bias, kept, mask, slope, number(activation), negative_slope
     return _OPS.batch_norm_act_bwd_bwd.default(
-        v_x, v_dweight, v_dbias, v_dslope, v_r, dense_like(dy, x), x, *site, training
+        v_x, v_dweight, v_dbias, v_dslope, v_r, dense_like(dy, x), x, *site, training, per_sample
     )
 
 

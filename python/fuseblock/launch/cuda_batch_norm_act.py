@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Candidate
-from .batch_norm_act import DRIVERS, Site
+from .batch_norm_act import DRIVERS, Site, folding
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -23,10 +24,20 @@ def _why_not(*args: Any) -> str | None:
     return None
 
 
+def _why_not_without_copies(*args: Any) -> str | None:
+    per_sample = args[-1]
+    return "channels-last statistics per sample would be copied" if per_sample else _why_not(*args)
+
+
 def candidates(op: str) -> tuple[Candidate, ...]:
     """How CUDA C++ can run ``op``, a member of the family batch_norm_act."""
-    run = partial(DRIVERS[op], CudaKernels(torch.ops.fuseblock_cuda))
-    return (Candidate("cuda", run, _why_not, devices=("cuda",)),)
+    run = folding(partial(DRIVERS[op], CudaKernels(torch.ops.fuseblock_cuda)))
+    return (Candidate("cuda", run, _why_not_without_copies, devices=("cuda",)),)
+
+
+def candidates_with_copies(op: str) -> tuple[Candidate, ...]:
+    """As `candidates`, for statistics per sample: after those that copy nothing."""
+    return tuple(replace(c, why_not=_why_not, variant="copying") for c in candidates(op))
 
 
 class CudaKernels:
@@ -42,8 +53,9 @@ class CudaKernels:
             site.activation, site.negative_slope,
         )  # fmt: skip
 
-    def stats(self, x: Tensor) -> Tensor:
+    def stats(self, x: Tensor, per_sample: bool = False) -> Tensor:
         """See `batch_norm_act.Kernels.stats`."""
+        assert not per_sample
         result: Tensor = self._raw.batch_norm_act_stats(x)
         return result
 

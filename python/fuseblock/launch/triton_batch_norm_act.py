@@ -23,13 +23,13 @@ from fuseblock.kernels.batch_norm_act import (
     batch_norm_act_fwd_kernel,
     batch_norm_act_stats_kernel,
 )
-from fuseblock.kernels.channel_tiles import CHANNELS_LAST, FLAT, ROWS
+from fuseblock.kernels.channel_tiles import CHANNELS_LAST, FLAT, ROWS, SAMPLES_LAST
 
 from .._activations import number
 from .._library import state_dtype
 from ..dispatch import Candidate
 from . import _triton
-from .batch_norm_act import DRIVERS, Kernels, Site
+from .batch_norm_act import DRIVERS, Kernels, Site, number_of_channels
 
 _PRELU = number("prelu")
 #: Programs of a reduction: a few blocks for every multiprocessor of a large GPU, whatever the device, so that the order
@@ -54,7 +54,7 @@ def candidates(op: str) -> tuple[Candidate, ...]:
 def gpu_blocks(layout: int, row: int, others: int, tile: int) -> tuple[int, int]:
     """(neighbouring elements, rows) of a tile on a GPU: as many rows as make up a tile."""
     # Sums of channels are written once per program, so channels-last programs own few of them and many positions.
-    longest = min(tile, 128) if layout == CHANNELS_LAST.value else tile
+    longest = tile if layout in (ROWS.value, FLAT.value) else min(tile, 128)
     block = min(max(triton.next_power_of_2(row), 8), longest)
     return block, min(triton.next_power_of_2(others), tile // block)
 
@@ -85,13 +85,20 @@ class Tiles:
         chunks: tiles of one block of channels.
         channel_blocks: blocks of channels.
         row: elements from the start of a row of tiles to the next one.
+        parts: how many times as many blocks of channels have sums of their own: samples, with statistics per sample.
     """
 
-    def __init__(self, x: Tensor, tile: int, *, whole_bytes: bool = False) -> None:
+    def __init__(self, x: Tensor, tile: int, per_sample: bool, *, whole_bytes: bool = False) -> None:
         samples, channels = x.shape[:2]
         tile = tile_elements(tile, x.dtype)
         size = x.numel() // (samples * channels)
-        if size == 1 or not x.is_contiguous():
+        self.parts = 1
+        if per_sample and x.is_contiguous():
+            samples, channels = 1, samples * channels
+        if per_sample and not x.is_contiguous():
+            self.layout, self.row, self.parts = SAMPLES_LAST.value, channels, samples
+            block_c, block_s = blocks(self.layout, channels, size, tile)
+        elif size == 1 or not x.is_contiguous():
             self.layout, self.row = CHANNELS_LAST.value, channels
             samples, size = 1, samples * size
             block_c, block_s = blocks(self.layout, channels, size, tile)
@@ -135,13 +142,20 @@ def _launch(
 
 
 def _reduce(
-    kernel: Any, sums: int, tensors: tuple[Tensor | None, ...], x: Tensor, tile: int, **constants: Any
+    kernel: Any,
+    sums: int,
+    tensors: tuple[Tensor | None, ...],
+    x: Tensor,
+    tile: int,
+    per_sample: bool,
+    **constants: Any,
 ) -> Tensor:
     """Run a reduction; the partial sums (programs, sums, channels)."""
-    tiles = Tiles(x, tile)
-    count = programs(tiles.chunks, tiles.channel_blocks)
-    partial = torch.empty(count, sums, x.shape[1], dtype=state_dtype(x.dtype), device=x.device)
-    _launch(kernel, count, tiles, (*tensors, partial), x, **constants)
+    tiles = Tiles(x, tile, per_sample)
+    count = programs(tiles.chunks // tiles.parts, tiles.channel_blocks * tiles.parts)
+    channels = number_of_channels(x, per_sample)
+    partial = torch.empty(count, sums, channels, dtype=state_dtype(x.dtype), device=x.device)
+    _launch(kernel, count * tiles.parts, tiles, (*tensors, partial), x, **constants)
     return partial
 
 
@@ -162,19 +176,20 @@ def _affine(site: Site) -> tuple[Tensor | None, ...]:
     return site.x, site.mean, site.invstd, site.weight, site.bias, site.residual
 
 
-def _zeros(x: Tensor, count: int) -> Tensor:
-    return torch.zeros(count, x.shape[1], dtype=state_dtype(x.dtype), device=x.device)
+def _zeros(x: Tensor, count: int, per_sample: bool) -> Tensor:
+    channels = number_of_channels(x, per_sample)
+    return torch.zeros(count, channels, dtype=state_dtype(x.dtype), device=x.device)
 
 
-def stats(x: Tensor) -> Tensor:
+def stats(x: Tensor, per_sample: bool = False) -> Tensor:
     """(2, C): mean and sum of squared deviations per channel; zeros of nothing."""
     if x.numel() == 0:
-        return _zeros(x, 2)
-    partial = _reduce(batch_norm_act_stats_kernel, 3, (x,), x, TILE)
+        return _zeros(x, 2, per_sample)
+    partial = _reduce(batch_norm_act_stats_kernel, 3, (x,), x, TILE, per_sample)
     if partial.shape[0] == 1:
         return partial[0, 1:]
     out = torch.empty_like(partial[0, 1:])
-    channels = x.shape[1]
+    channels = partial.shape[2]
     block_c = min(triton.next_power_of_2(channels), 32)
     with torch.cuda.device_of(x):
         batch_norm_act_combine_kernel[(triton.cdiv(channels, block_c),)](
@@ -196,7 +211,7 @@ def fwd_apply(site: Site, want_mask: bool) -> tuple[Tensor, Tensor | None]:
     y = torch.empty_like(x)
     mask = torch.empty(triton.cdiv(x.numel(), 8), dtype=torch.uint8, device=x.device) if want_mask else None
     if x.numel():
-        tiles = Tiles(x, TILE, whole_bytes=want_mask)
+        tiles = Tiles(x, TILE, site.per_sample, whole_bytes=want_mask)
         tensors = (*_affine(site), site.slope, y, mask)
         _launch(batch_norm_act_fwd_kernel, tiles.chunks, tiles, tensors, x, **_activation(site))
     return y, mask
@@ -206,9 +221,10 @@ def bwd_reduce(dy: Tensor, site: Site) -> Tensor:
     """(2 or 3, C): sums of G, G xhat and, for prelu, dy min(z, 0)."""
     count = 3 if site.activation == _PRELU else 2
     if dy.numel() == 0:
-        return _zeros(dy, count)
+        return _zeros(dy, count, site.per_sample)
     tensors = (dy, *_affine(site), site.mask, site.slope)
-    return _total(_reduce(batch_norm_act_bwd_reduce_kernel, count, tensors, dy, TILE, **_activation(site)))
+    kernel, each = batch_norm_act_bwd_reduce_kernel, site.per_sample
+    return _total(_reduce(kernel, count, tensors, dy, TILE, each, **_activation(site)))
 
 
 def bwd_apply(dy: Tensor, site: Site, k: Tensor, want_dresidual: bool) -> tuple[Tensor, Tensor | None]:
@@ -216,7 +232,7 @@ def bwd_apply(dy: Tensor, site: Site, k: Tensor, want_dresidual: bool) -> tuple[
     dx = torch.empty_like(site.x)
     dresidual = torch.empty_like(site.x) if want_dresidual else None
     if dx.numel():
-        tiles = Tiles(dx, TILE)
+        tiles = Tiles(dx, TILE, site.per_sample)
         tensors = (dy, *_affine(site), site.mask, site.slope, k, dx, dresidual)
         _launch(batch_norm_act_bwd_kernel, tiles.chunks, tiles, tensors, dx, **_activation(site))
     return dx, dresidual
@@ -226,10 +242,10 @@ def bwd_bwd_reduce(v: Tensor | None, v_residual: Tensor | None, dy: Tensor, site
     """(5, 10 or 12, C): the sums of the second order."""
     count = 5 if site.activation < _PRELU else 10 if v_residual is None else 12
     if dy.numel() == 0:
-        return _zeros(dy, count)
+        return _zeros(dy, count, site.per_sample)
     tensors = (v, v_residual if count == 12 else None, dy, *_affine(site), site.mask, site.slope)
-    kernel = batch_norm_act_bwd_bwd_reduce_kernel
-    return _total(_reduce(kernel, count, tensors, dy, SECOND_TILE, SUMS=count, **_activation(site)))
+    kernel, each = batch_norm_act_bwd_bwd_reduce_kernel, site.per_sample
+    return _total(_reduce(kernel, count, tensors, dy, SECOND_TILE, each, SUMS=count, **_activation(site)))
 
 
 def bwd_bwd_apply(
@@ -239,7 +255,7 @@ def bwd_bwd_apply(
     a_x, a_dy = torch.empty_like(site.x), torch.empty_like(site.x)
     a_residual = None if site.residual is None else torch.empty_like(site.x)
     if dy.numel():
-        tiles = Tiles(dy, SECOND_TILE)
+        tiles = Tiles(dy, SECOND_TILE, site.per_sample)
         tensors = (v, v_residual, dy, *_affine(site), site.mask, site.slope, k, a_x, a_dy, a_residual)
         _launch(batch_norm_act_bwd_bwd_kernel, tiles.chunks, tiles, tensors, dy, **_activation(site))
     return a_x, a_dy, a_residual

@@ -1,13 +1,15 @@
 """Operator ``batch_norm_act``: batch normalisation, residual and activation, with first and second derivatives.
 
     (y, mean, var, invstd, count, mask) = batch_norm_act(x, weight, bias, residual, slope, mean, var, eps, activation,
-                                                         negative_slope, training, group, save)
+                                                         negative_slope, training, group, save, per_sample)
     y = act(weight (x - mean) invstd + bias + residual),   invstd = (var + eps)^-1/2
 
 x (N, C, ...), contiguous or channels-last, which y keeps; other layouts are copied. weight, bias (C,); slope (C,) or
 (1,), of prelu alone. In training mean and (biased) var are those of the batch: computed, or taken from ``mean`` and
 ``var`` where the producer of x summed them; gradients go through them. Else ``mean`` and ``var`` are constants.
 ``group`` names a process group whose ranks share their statistics ("": none); all three orders then sum over its ranks.
+``per_sample`` makes it an instance norm: the channels of every sample are channels of their own, what is (C,) is (N C,), the
+channels of a sample behind those of the sample before; in training, without residual, given statistics or group.
 
 Statistics are (C,) of the dtype float32 (float64 for float64); ``count`` is the number of values behind them. y is the one
 output with a gradient. Backward recomputes the activation from x and the statistics: saved are x, per-channel tensors and,
@@ -27,7 +29,14 @@ from torch import Tensor
 from .. import dispatch
 from .._activations import check_activation
 from .._library import DifferentiableOp, loop_vmap, no_third_order, state_dtype
-from ..launch.batch_norm_act import dense, is_linear, is_masked, needs_residual
+from ..launch.batch_norm_act import (
+    dense,
+    folding,
+    is_linear,
+    is_masked,
+    needs_residual,
+    number_of_channels,
+)
 from ..reference import batch_norm_act as reference
 from . import _candidates
 
@@ -41,7 +50,8 @@ for _op, _reference in (
         *_candidates.cpu_batch_norm_act(_op),
         *_candidates.cuda_batch_norm_act(_op),
         *_candidates.triton(_op, "triton_batch_norm_act"),
-        _candidates.reference(_reference),
+        *_candidates.cuda_batch_norm_act(_op, copies=True),
+        _candidates.reference(folding(_reference)),
     )
 
 
@@ -56,13 +66,18 @@ def check(
     activation: str,
     training: bool,
     group: str,
+    per_sample: bool = False,
 ) -> None:
     """Raise ValueError or TypeError when the arguments of ``batch_norm_act`` do not fit together."""
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
         raise TypeError(f"batch_norm_act: expected floating point x, got {getattr(x, 'dtype', type(x))}")
     if x.dim() < 2:
         raise ValueError(f"batch_norm_act: expected x of shape (N, C, ...), got {tuple(x.shape)}")
-    channels = x.shape[1]
+    channels = number_of_channels(x, per_sample)
+    if per_sample and (residual is not None or mean is not None or not training or group):
+        raise ValueError(
+            "batch_norm_act: expected training without residual, mean, var and group where per_sample is True"
+        )
     for name, t in (("weight", weight), ("bias", bias), ("mean", mean), ("var", var), ("slope", slope)):
         if t is None:
             continue
@@ -95,9 +110,15 @@ def check(
         )
 
 
+def _complete(args: Any, count: int) -> tuple[Any, ...]:
+    """``count`` arguments and ``per_sample``, which PyTorch leaves out where it is False."""
+    return (*args, False) if len(args) == count else tuple(args)
+
+
 def _impl(*args: Any) -> Any:
-    x, weight, bias, residual, slope, mean, var, _, activation, _, training, group, _ = args
-    check(x, weight, bias, residual, slope, mean, var, activation, training, group)
+    args = _complete(args, 13)
+    x, weight, bias, residual, slope, mean, var, _, activation, _, training, group, _, per_sample = args
+    check(x, weight, bias, residual, slope, mean, var, activation, training, group, per_sample)
     return dispatch.run("batch_norm_act", args)
 
 
@@ -120,10 +141,11 @@ def _fake(
     training: bool,
     group: str,
     save: bool,
+    per_sample: bool = False,
 ) -> tuple[Tensor, ...]:
-    check(x, weight, bias, residual, slope, mean, var, activation, training, group)
+    check(x, weight, bias, residual, slope, mean, var, activation, training, group, per_sample)
     wide = state_dtype(x.dtype)
-    per_channel = [x.new_empty(x.shape[1], dtype=wide) for _ in range(3)]
+    per_channel = [x.new_empty(number_of_channels(x, per_sample), dtype=wide) for _ in range(3)]
     masked = save and residual is not None and is_masked(activation)
     mask = x.new_empty((x.numel() + 7) // 8 if masked else 0, dtype=torch.uint8)
     return empty_like(x), *per_channel, x.new_empty((), dtype=wide), mask
@@ -131,7 +153,8 @@ def _fake(
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
-    x, weight, bias, residual, slope, _, _, eps, activation, negative_slope, training, group, save = inputs
+    x, weight, bias, residual, slope, _, _, eps, *options, save, per_sample = _complete(inputs, 13)
+    activation, negative_slope, training, group = options
     _, mean, var, invstd, count, mask = output
     ctx.mark_non_differentiable(mean, var, invstd, count, mask)
     masked = residual is not None and is_masked(activation)
@@ -140,27 +163,28 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     kept = residual if needs_residual(activation) else None
     ctx.save_for_backward(x, weight, bias, kept, slope, mean, invstd, count, mask if masked else None)
     ctx.options = activation, negative_slope, training, group, eps
+    ctx.per_sample = per_sample
     ctx.forced = dispatch.forced()
 
 
 def _backward(ctx: Any, dy: Tensor | None, *unused: Any) -> Any:
     if dy is None:
-        return (None,) * 13
+        return (None,) * 14
     wanted = ctx.needs_input_grad
     # The gradient of a residual before no activation is dy itself.
     is_identity = ctx.options[0] == "identity"
     wants = wanted[0], wanted[1] or wanted[2] or wanted[4], wanted[3] and not is_identity
     with dispatch.backend(ctx.forced):
-        grads = batch_norm_act_bwd(dy, *ctx.saved_tensors, *ctx.options, *wants)
+        grads = batch_norm_act_bwd(dy, *ctx.saved_tensors, *ctx.options, *wants, ctx.per_sample)
     dx, dweight, dbias, dslope, dresidual = grads
     if is_identity:
         dresidual = dy
     ordered = dx, dweight, dbias, dresidual, dslope
-    return *(g if want else None for g, want in zip(ordered, wanted, strict=False)), *(None,) * 8
+    return *(g if want else None for g, want in zip(ordered, wanted, strict=False)), *(None,) * 9
 
 
 def _bwd_impl(*args: Any) -> Any:
-    return dispatch.run("batch_norm_act_bwd", args)
+    return dispatch.run("batch_norm_act_bwd", _complete(args, 18))
 
 
 def _bwd_fake(
@@ -182,11 +206,12 @@ def _bwd_fake(
     want_dx: bool,
     want_sums: bool,
     want_dresidual: bool,
+    per_sample: bool = False,
 ) -> tuple[Tensor, ...]:
-    empty = x.new_empty(0)
+    empty, absent = x.new_empty(0), mean.new_empty(0)
 
     def like(t: Tensor | None) -> Tensor:
-        return torch.empty_like(empty if t is None or not want_sums else t)
+        return torch.empty_like(absent if t is None or not want_sums else t)
 
     return (
         empty_like(x) if want_dx else torch.empty_like(empty),
@@ -202,7 +227,7 @@ def _bwd_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:10])
     ctx.options = inputs[10:15]
-    ctx.wants = inputs[15:]
+    *ctx.wants, ctx.per_sample = _complete(inputs, 18)[15:]
     ctx.forced = dispatch.forced()
 
 
@@ -224,9 +249,10 @@ def _bwd_backward(
         v_dresidual if want_dresidual else None,
     )
     if all(t is None for t in v):
-        return (None,) * 18
+        return (None,) * 19
     with dispatch.backend(ctx.forced):
-        adjoints = batch_norm_act_bwd_bwd(*v, dy, x, weight, bias, residual, slope, *saved, *ctx.options)
+        saved_and_options = *saved, *ctx.options, ctx.per_sample
+        adjoints = batch_norm_act_bwd_bwd(*v, dy, x, weight, bias, residual, slope, *saved_and_options)
     a_dy, a_x, a_weight, a_bias, a_residual, a_slope = adjoints
     curved = not is_linear(ctx.options[0])
     return (
@@ -236,12 +262,12 @@ def _bwd_backward(
         a_bias if bias is not None and curved else None,
         a_residual if residual is not None and curved else None,
         a_slope if slope is not None else None,
-        *(None,) * 12,
+        *(None,) * 13,
     )
 
 
 def _bwd_bwd_impl(*args: Any) -> Any:
-    return dispatch.run("batch_norm_act_bwd_bwd", args)
+    return dispatch.run("batch_norm_act_bwd_bwd", _complete(args, 20))
 
 
 def _bwd_bwd_fake(
@@ -265,19 +291,20 @@ def _bwd_bwd_fake(
     training: bool,
     group: str,
     eps: float,
+    per_sample: bool = False,
 ) -> tuple[Tensor, ...]:
-    empty = x.new_empty(0)
     curved = not is_linear(activation)
 
-    def like(t: Tensor | None) -> Tensor:
-        return torch.empty_like(empty if t is None else t)
+    def like(t: Tensor | None, is_there: bool = True) -> Tensor:
+        t = mean.new_empty(0) if t is None else t
+        return torch.empty_like(t) if is_there else t.new_empty(0)
 
     return (
         empty_like(x),
         empty_like(x),
         like(weight),
-        like(bias if curved else None),
-        empty_like(x) if residual is not None and curved else torch.empty_like(empty),
+        like(bias, curved),
+        empty_like(x) if residual is not None and curved else x.new_empty(0),
         like(slope),
     )
 
@@ -299,7 +326,7 @@ _SHARED = (
 
 batch_norm_act: DifferentiableOp = DifferentiableOp(
     "batch_norm_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, Tensor? mean, Tensor? var,"
-    " float eps, str activation, float negative_slope, bool training, str group, bool save)"
+    " float eps, str activation, float negative_slope, bool training, str group, bool save, bool per_sample=False)"
     " -> (Tensor y, Tensor mean, Tensor var, Tensor invstd, Tensor count, Tensor mask)",
     impl=_impl,
     fake=_fake,
@@ -309,7 +336,7 @@ batch_norm_act: DifferentiableOp = DifferentiableOp(
     autocast=_autocast,
 )
 batch_norm_act_bwd: DifferentiableOp = DifferentiableOp(
-    f"batch_norm_act_bwd({_SHARED}, bool want_dx, bool want_sums, bool want_dresidual)"
+    f"batch_norm_act_bwd({_SHARED}, bool want_dx, bool want_sums, bool want_dresidual, bool per_sample=False)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dslope, Tensor dresidual)",
     impl=_bwd_impl,
     fake=_bwd_fake,
@@ -320,7 +347,7 @@ batch_norm_act_bwd: DifferentiableOp = DifferentiableOp(
 _no_setup, _no_backward = no_third_order("batch_norm_act_bwd_bwd")
 batch_norm_act_bwd_bwd: DifferentiableOp = DifferentiableOp(
     "batch_norm_act_bwd_bwd(Tensor? v_dx, Tensor? v_dweight, Tensor? v_dbias, Tensor? v_dslope, Tensor? v_dresidual,"
-    f" {_SHARED})"
+    f" {_SHARED}, bool per_sample=False)"
     " -> (Tensor a_dy, Tensor a_x, Tensor a_weight, Tensor a_bias, Tensor a_residual, Tensor a_slope)",
     impl=_bwd_bwd_impl,
     fake=_bwd_bwd_fake,
