@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
+
+from ._library import forward_mode_active
 
 #: Names that ``backend()`` accepts. ``aten`` is PyTorch's own layer, an engine of the whole LSTM layer.
 NAMES = ("auto", "aten", "cpu", "cuda", "triton", "reference")
@@ -89,6 +92,15 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _FORCED.reset(token)
+
+
+def plain_pytorch() -> bool:
+    """Whether the reference equations run in place of an operator, so that PyTorch sees and differentiates them.
+
+    So it is where they are forced, and by itself in forward mode, of which operators know nothing.
+    """
+    name = forced()
+    return name == "reference" or (name == "auto" and not is_compiling() and forward_mode_active())
 
 
 def register(op: str, *candidates: Candidate) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import dispatch, ops
 from .._activations import NAMES, activate, number
-from .._library import forward_mode_active, plain_eager, wants_gradient
+from .._library import plain_eager, wants_gradient
 from .._rectifier import rectify
 from ..ops.bias_act import differentiable as differentiable_bias_act
 from ..reference.bias_act import bias_act_reference, per_channel
@@ -82,7 +82,7 @@ def bias_act(
     if slope is not None and slope.shape == (1,) and x.dim() > 1:
         slope = slope.expand(x.shape[1])
     args = (x, bias, slope, activation, float(negative_slope), float(gain), limit)
-    if _plain_pytorch():
+    if dispatch.plain_pytorch():
         ops.check_bias_act(x, bias, slope, activation, gain, limit)
         return bias_act_reference(*args[:3], number(activation), *args[4:])
     # A wrapped tensor of a transform does not tell whether an outer one will differentiate it.
@@ -128,11 +128,3 @@ def _composed(
     if clamp is None:
         return y.clone() if y is x else y
     return y.clamp(-clamp, clamp) if clamp >= 0 else None
-
-
-def _plain_pytorch() -> bool:
-    """Whether the reference equations run in place of the operator, so that PyTorch sees and differentiates them."""
-    name = dispatch.forced()
-    return name == "reference" or (
-        name == "auto" and not torch.compiler.is_compiling() and forward_mode_active()
-    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, ops
-from .._library import DifferentiableOp, forward_mode_active, plain_eager, wants_gradient
+from .._library import DifferentiableOp, plain_eager, wants_gradient
 from ..reference.conv_stats import conv2d_stats_reference, conv_transpose2d_subpixel_reference
 
 __all__ = ["conv2d_stats", "conv_transpose2d_subpixel"]
@@ -18,9 +18,7 @@ __all__ = ["conv2d_stats", "conv_transpose2d_subpixel"]
 def _run(
     op: DifferentiableOp, check: Any, reference: Any, args: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if dispatch.forced() == "reference" or (
-        dispatch.forced() == "auto" and not torch.compiler.is_compiling() and forward_mode_active()
-    ):
+    if dispatch.plain_pytorch():
         args = op.cast_for_autocast(args)
         check(*args)
         y, mean, var = reference(*args)

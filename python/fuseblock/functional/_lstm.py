@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import dispatch, ops
 from .._engine import choose_engine
 from .._fused_layer import fused_layers, infer
-from .._library import forward_mode_active, plain_eager, state_dtype, wants_gradient
+from .._library import plain_eager, state_dtype, wants_gradient
 from .._ragged import Packing, packing, pad_rows
 from .._recompute import LayerWeights, Run
 from .._stack import fused_stack, input_projection, join_rows, recurrent_weights
@@ -25,14 +25,6 @@ from ..aten import aten_lstm
 from ..reference import lstm_gates_reference, lstm_recurrence_reference
 
 __all__ = ["lstm", "lstm_cell", "lstm_gates", "lstm_recurrence"]
-
-
-def _plain_pytorch() -> bool:
-    """Whether the reference equations run in place of the operators, so that PyTorch sees and differentiates them."""
-    name = dispatch.forced()
-    return name == "reference" or (
-        name == "auto" and not torch.compiler.is_compiling() and forward_mode_active()
-    )
 
 
 def lstm_gates(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +45,7 @@ def lstm_gates(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: shapes or devices do not fit. TypeError: dtypes do not fit.
         fuseblock.BackendError: the forced backend cannot run these tensors.
     """
-    if _plain_pytorch():
+    if dispatch.plain_pytorch():
         gates, c = ops.lstm_gates.cast_for_autocast((gates, c))
         ops.check_lstm_gates(gates, c)
         return lstm_gates_reference(gates, c)
@@ -93,7 +85,7 @@ def lstm_recurrence(
         fuseblock.BackendError: the forced backend cannot run these tensors.
     """
     tensors = (gx, h0, c0, w_hh, w_hr)
-    if _plain_pytorch():
+    if dispatch.plain_pytorch():
         args = ops.lstm_recurrence.cast_for_autocast((*tensors, lengths, batch_sizes, False))
         ops.check_lstm_recurrence(*args[:-1])
         y, h_n, c_n, _, _ = lstm_recurrence_reference(*args)
@@ -176,7 +168,7 @@ def lstm(
         packed = packing(input, lengths)
         if packed is not None:
             return _ours_or_one_node(input, h0, c0, weights, directions, dropout, packing=packed)
-    if batch_sizes is not None and input.device.type != "cpu" and not _plain_pytorch():
+    if batch_sizes is not None and input.device.type != "cpu" and not dispatch.plain_pytorch():
         padded, lengths, positions = pad_rows(input, batch_sizes)
         output, h_n, c_n = _ours(padded, h0, c0, weights, directions, dropout, lengths)
         return output.flatten(0, 1).index_select(0, positions), h_n, c_n
@@ -214,7 +206,7 @@ def _ours_or_one_node(
     tensors = [input, h0, c0, *(x for w in weights for x in w)]
     if packing is not None:
         batch_sizes = packing.batch_sizes
-    direct = not dropout and not _plain_pytorch() and plain_eager(tensors)
+    direct = not dropout and not dispatch.plain_pytorch() and plain_eager(tensors)
     if direct and wants_gradient(tensors):
         ours: Run = partial(_ours, directions=directions, lengths=lengths, batch_sizes=batch_sizes)
         if packing is not None:

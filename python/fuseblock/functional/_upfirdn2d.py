@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, ops
-from .._library import forward_mode_active
 from ..reference import upfirdn2d_reference
 
 __all__ = ["downsample2d", "filter2d", "upfirdn2d", "upsample2d"]
@@ -63,10 +62,7 @@ def _run(
     gain: float,
 ) -> Tensor:
     args = (x, f, *up, *down, *padding, flip_filter, gain)
-    plain = dispatch.forced() == "reference" or (
-        dispatch.forced() == "auto" and not torch.compiler.is_compiling() and forward_mode_active()
-    )
-    if plain:
+    if dispatch.plain_pytorch():
         ops.check_upfirdn2d(*args)
         return upfirdn2d_reference(*args)
     y: Tensor = ops.upfirdn2d(*args)
