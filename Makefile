@@ -1,6 +1,6 @@
 # `make bench` and `make test` set up everything they need in .venv, from a fresh clone on.
 #
-#   make bench          measure the LSTM against PyTorch and ONNX Runtime; writes out/benchmark.{json,html}
+#   make bench          measure LSTMs and GAN blocks against PyTorch and ONNX Runtime; writes out/benchmark.{json,html}
 #   make test           build, run the tests
 #   make test-slow      the long sweeps: sanitizers, every configuration, mutants
 #   make gpu            on a machine with an NVIDIA GPU: build, pytest -m gpu, the GPU benchmark
