@@ -1,4 +1,4 @@
-"""Blocks of one grid that wait for each other: adversarial orders, slow blocks, two launches on one workspace."""
+"""Blocks of one grid that wait for each other: adversarial orders, slow blocks, three launches on one workspace."""
 
 from __future__ import annotations
 

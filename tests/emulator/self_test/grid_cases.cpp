@@ -1,4 +1,4 @@
-// Self-tests of the grid barrier: two launches, one after the other, on one workspace.
+// Self-tests of the grid barrier: three launches, one after the other, on one workspace.
 #include <cstdio>
 #include <vector>
 
@@ -13,7 +13,7 @@ void spread(int blocks, int threads, int steps, int cluster, int mistake) {
   const int size = blocks * threads;
   GridBarrierState barrier{0, 0};
   bool right = true;
-  for (int launch = 0; launch < 2; ++launch) {
+  for (int launch = 0; launch < 3; ++launch) {
     std::vector<float> y(steps * size, -1000.f), h(size), next(size);
     if (const int error = launch_spread(y.data(), &barrier, blocks, threads, steps, cluster, mistake, nullptr)) {
       std::printf("error %d\n", error);
