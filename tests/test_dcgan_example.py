@@ -377,10 +377,10 @@ def test_bad_inputs(dcgan, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert "--out" in refused(dcgan, capsys, "--out", tmp_path / "file")
     assert "Not a directory" in refused(dcgan, capsys, "--out", tmp_path / "file" / "out")
-    args = dcgan.parse([*TINY, "--batch", "6"])
-    for processes in (4, 6):
+    args = dcgan.parse([*TINY, "--batch", "10"])
+    for processes in (4, 10):
         with pytest.raises(SystemExit):
-            dcgan.Trainer(torch.zeros(9, 1, 8, 8), args, dcgan.World(0, processes, torch.device("cpu")))
+            dcgan.Trainer(torch.zeros(10, 1, 8, 8), args, dcgan.World(0, processes, torch.device("cpu")))
         assert f"equally many, for {processes} processes" in capsys.readouterr().err
 
 
