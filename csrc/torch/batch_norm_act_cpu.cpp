@@ -18,6 +18,7 @@ class ChannelValues {
   ChannelValues(const MaybeTensor& t, const char* op, const char* name, int64_t channels, ScalarType state,
                 bool one_for_all = false) {
     if (!t) return;
+    if (t->scalar_type() != state) kernel_dtype(*t, op, name);  // refuses integers
     const Tensor wide = t->scalar_type() == state ? *t : torch::stable::to(*t, state);
     step_ = one_for_all && channels != 1 && t->dim() == 1 && t->size(0) == 1 ? 0 : 1;
     values_.emplace(wide, op, name, Shape{step_ ? channels : 1}, state);

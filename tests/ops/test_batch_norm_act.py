@@ -433,12 +433,17 @@ def test_autocast_promotes_the_residual() -> None:
 def test_bad_input() -> None:
     x, five = torch.randn(2, 3, 4, 4), torch.ones(5)
     run = functional.batch_norm_act
-    with pytest.raises(ValueError, match=r"expected weight of shape \(3,\), got \(5,\)"):
+    with pytest.raises(ValueError, match=r"weight of shape \(3,\), got \(5,\): x of .* has 3 channels"):
         run(x, five)
     with pytest.raises(ValueError, match=r"expected bias of shape \(3,\), got \(5,\)"):
         run(x, None, five)
-    with pytest.raises(ValueError, match="expected mean of shape"):
-        run(x, running_mean=five, running_var=five, training=False)
+    for training in (False, True):
+        with pytest.raises(ValueError, match=r"expected running_mean of shape \(3,\), got \(5,\): .* 3 channels"):
+            run(x, running_mean=five, running_var=five, training=training)
+        with pytest.raises(TypeError, match=r"expected floating point running_mean, got torch.int32"):
+            run(x, running_mean=torch.zeros(3, dtype=torch.int), running_var=torch.ones(3), training=training)
+    with pytest.raises(ValueError, match=r"expected x of shape \(N, C, ...\)"):
+        run(x[0, 0, 0], running_mean=five, running_var=five)
     with pytest.raises(ValueError, match="expected residual of the shape of x"):
         run(x, residual=x[:1])
     with pytest.raises(TypeError, match="expected residual of the dtype of x"):

@@ -297,7 +297,7 @@ def test_transforms_and_forward_mode() -> None:
         ((torch.randn(2, 3),), r"expected x of shape \(N, C, ...\)"),
         ((torch.randn(2, 3, 4), torch.randn(2)), r"expected weight of shape \(3,\) or \(2, 3\)"),
         ((torch.randn(2, 3, 4), None, torch.randn(3, 2)), "expected bias"),
-        ((torch.randn(2, 3, 1),), "more than 1 value per channel"),
+        ((torch.randn(2, 3, 1),), r"more than 1 value per channel and sample, got x of shape \(2, 3, 1\)"),
     ],
 )
 def test_mistakes(args: tuple, message: str) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _batch_norm_node, ops
+from .. import _batch_norm_node, dispatch, ops
 from ..launch.batch_norm_act import folding
 from ..reference.batch_norm_act import batch_norm_act_reference
-from ._norm import batch_norm_act, plain_pytorch
+from ._norm import batch_norm_act
 
 
 def instance_norm_act(
@@ -41,6 +41,11 @@ def instance_norm_act(
     if x.dim() < 3:
         raise ValueError(f"instance_norm_act: expected x of shape (N, C, ...), got {tuple(x.shape)}")
     samples, channels = x.shape[:2]
+    if x.numel() == samples * channels > 0:
+        raise ValueError(
+            "instance_norm_act: expected more than 1 value per channel and sample, "
+            f"got x of shape {tuple(x.shape)}"
+        )
 
     def rows(t: Tensor | None, name: str) -> Tensor | None:
         if t is None:
@@ -88,7 +93,7 @@ def _channels_last(
             *tensors[:5], none, none, 0.0, eps, activation, negative_slope, training=True, per_sample=True
         )
     args = *tensors, eps, activation, negative_slope, True, "", False, True
-    if not plain_pytorch():
+    if not dispatch.plain_pytorch():
         return ops.batch_norm_act(*args)[0]  # type: ignore[no-any-return]
     args = ops.batch_norm_act.cast_for_autocast(args)
     ops.check_batch_norm_act(*args[:7], *options)

@@ -8,16 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _batch_norm_node, dispatch, ops
-from .._library import forward_mode_active
 from ..reference.batch_norm_act import batch_norm_act_reference
-
-
-def plain_pytorch() -> bool:
-    """Whether the reference equations run in place of the operators, so that PyTorch sees and differentiates them."""
-    name = dispatch.forced()
-    return name == "reference" or (
-        name == "auto" and not torch.compiler.is_compiling() and forward_mode_active()
-    )
 
 
 def batch_norm_act(
@@ -77,14 +68,13 @@ def batch_norm_act(
         x, (weight, bias, residual, slope), (running_mean, running_var)
     ):
         given = (None, None) if training else (running_mean, running_var)
-        ops.check_batch_norm_act(x, weight, bias, residual, slope, *given, activation, training, "")
         _check_running(x, running_mean, running_var)
+        ops.check_batch_norm_act(x, weight, bias, residual, slope, *given, activation, training, "")
         # Like PyTorch, an empty batch leaves the running statistics as they are.
         moved = (running_mean, running_var) if training and x.numel() > 0 else (None, None)
         options = momentum, eps, activation, negative_slope, training
         return _batch_norm_node.run(x, weight, bias, residual, slope, given, moved, *options)
-    if training and isinstance(x, Tensor) and x.dim() >= 2:
-        _check_running(x, running_mean, running_var)
+    _check_running(x, running_mean, running_var)
     group = "" if process_group is None else process_group.group_name
     mean, var = (None, None) if training else (running_mean, running_var)
     tensors = x, weight, bias, residual, slope
@@ -92,7 +82,7 @@ def batch_norm_act(
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         save = True  # a wrapped tensor does not tell whether an outer transform will differentiate it
     args = (*tensors, mean, var, eps, activation, negative_slope, training, group, save)
-    if plain_pytorch():
+    if dispatch.plain_pytorch():
         args = ops.batch_norm_act.cast_for_autocast(args)
         ops.check_batch_norm_act(*args[:7], activation, training, group)
         outputs = batch_norm_act_reference(*args)
@@ -107,13 +97,16 @@ def batch_norm_act(
 
 
 def _check_running(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> None:
-    """Raise ValueError or TypeError where running statistics cannot move towards those of x."""
+    """Raise ValueError or TypeError where running statistics are not such of x."""
+    if not isinstance(x, Tensor) or x.dim() < 2:
+        return  # the operator's check says so
     for name, t in (("running_mean", running_mean), ("running_var", running_var)):
         if t is None:
             continue
         if t.shape != x.shape[1:2]:
             raise ValueError(
-                f"batch_norm_act: expected {name} of shape {tuple(x.shape[1:2])}, got {tuple(t.shape)}"
+                f"batch_norm_act: expected {name} of shape {tuple(x.shape[1:2])}, got {tuple(t.shape)}: "
+                f"x of shape {tuple(x.shape)} has {x.shape[1]} channels"
             )
         if not t.dtype.is_floating_point:
             raise TypeError(f"batch_norm_act: expected floating point {name}, got {t.dtype}")

@@ -82,7 +82,10 @@ def check(
         if t is None:
             continue
         if t.shape != (channels,) and name != "slope":
-            raise ValueError(f"batch_norm_act: expected {name} of shape ({channels},), got {tuple(t.shape)}")
+            raise ValueError(
+                f"batch_norm_act: expected {name} of shape ({channels},), got {tuple(t.shape)}: "
+                f"x of shape {tuple(x.shape)} has {channels} channels"
+            )
         if not t.dtype.is_floating_point:
             raise TypeError(f"batch_norm_act: expected floating point {name}, got {t.dtype}")
         if t.device != x.device:
