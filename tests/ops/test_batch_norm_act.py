@@ -438,7 +438,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"expected bias of shape \(3,\), got \(5,\)"):
         run(x, None, five)
     for training in (False, True):
-        with pytest.raises(ValueError, match=r"expected running_mean of shape \(3,\), got \(5,\): .* 3 channels"):
+        with pytest.raises(ValueError, match=r"running_mean of shape \(3,\), got \(5,\): .* 3 channels"):
             run(x, running_mean=five, running_var=five, training=training)
         with pytest.raises(TypeError, match=r"expected floating point running_mean, got torch.int32"):
             run(x, running_mean=torch.zeros(3, dtype=torch.int), running_var=torch.ones(3), training=training)
