@@ -149,6 +149,7 @@ def test_residual_block(mode: str, channels: tuple[int, int], options: dict) -> 
         (lambda: ResidualBlock2d(4, mode="up", first=True), "first belongs"),
         (lambda: ResidualBlock2d(4, mode="up", final_activation="relu"), "final_activation belongs"),
         (lambda: ResidualBlock2d(4, norm="layer"), "expected norm"),
+        (lambda: ResidualBlock2d(4, kernel_size=4), "odd kernel_size, got 4"),
         (lambda: Conv2dBlock(4, 6, 3, norm="layer"), "expected norm"),
         (lambda: Conv2dBlock(4, 6, 3, activation="gelu"), "expected an activation"),
         (lambda: Conv2dBlock(4, 6, 3, groups=3), "divisible by groups"),

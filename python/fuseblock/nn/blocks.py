@@ -139,7 +139,7 @@ class ResidualBlock2d(torch.nn.Module):
     Shape: (N, in_channels, H, W) -> (N, out_channels, H, W), (.., 2H, 2W) or (.., H // 2, W // 2).
 
     Raises:
-        ValueError: an unknown mode, norm or activation, or an option of another mode.
+        ValueError: an unknown mode, norm or activation, an even kernel_size, or an option of another mode.
     """
 
     def __init__(
@@ -165,6 +165,8 @@ class ResidualBlock2d(torch.nn.Module):
             raise ValueError(f"ResidualBlock2d: final_activation belongs to mode 'same', got mode {mode!r}")
         if mode != "down" and first:
             raise ValueError(f"ResidualBlock2d: first belongs to mode 'down', got mode {mode!r}")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"ResidualBlock2d: expected an odd kernel_size, got {kernel_size}")
         out = in_channels if out_channels is None else out_channels
         norm = (None if mode == "down" else "batch") if norm == "auto" else norm
         self.mode, self.first = mode, first
