@@ -332,10 +332,9 @@ def second_order(
     w = torch.ones_like(mean) if site.weight is None else site.weight
     k, a_w, a_z, a_slope = second_order_coefficients(sums, *given, w, invstd, count, smooth, training, group)
     a_x, a_dy, a_r = kernels.bwd_bwd_apply(v, v_r, dy, site, k)
+    a_bias = mean.new_empty(0)
     if bias is not None:
         a_bias = bias.new_empty(0) if is_linear(activation) else a_z.to(bias.dtype)
-    else:
-        a_bias = mean.new_empty(0)
     return (
         a_dy,
         a_x,

@@ -178,7 +178,8 @@ def bias_act_bwd(
         sums = _launch_with_sums(bias_act_bwd_kernel, site, (dy, x, bias, slope, mask, dx), kinds)
     else:
         sums = [none.new_zeros(site.channels) for _ in range(kinds)]
-    return dx, sums[0] if need_dbias else none, sums[1] if slope is not None else none
+    # One tensor each: outputs of an operator do not alias.
+    return dx, sums[0] if need_dbias else none.clone(), sums[1] if slope is not None else none
 
 
 def bias_act_bwd_bwd(
@@ -198,7 +199,7 @@ def bias_act_bwd_bwd(
     """Op `bias_act_bwd_bwd`: (a_dy, a_x, a_bias, a_slope)."""
     site, keeps = _Site(v, activation, negative_slope, gain, clamp), keeps_x(activation)
     none = torch.empty(0, dtype=torch.float64 if v.dtype == torch.float64 else torch.float32, device=v.device)
-    a_dy, a_x = torch.empty_like(v), torch.empty_like(v) if keeps else none
+    a_dy, a_x = torch.empty_like(v), torch.empty_like(v) if keeps else none.clone()
     kinds = 2 if activation == PRELU else int(keeps)
     if v.numel():
         mask = mask if planes(activation, clamp) else None
@@ -218,4 +219,4 @@ def bias_act_bwd_bwd(
         sums = _launch_with_sums(bias_act_bwd_bwd_kernel, site, tensors, kinds)
     else:
         sums = [none.new_zeros(site.channels) for _ in range(kinds)]
-    return a_dy, a_x, sums[0] if keeps else none, sums[1] if slope is not None else none
+    return a_dy, a_x, sums[0] if keeps else none.clone(), sums[1] if slope is not None else none

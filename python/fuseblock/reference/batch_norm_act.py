@@ -162,18 +162,17 @@ def batch_norm_act_bwd_reference(
         inner = inner - xhat * _per_channel(_over_ranks(dweight, group) / count, x)
     else:
         inner = g
-    empty = x.new_empty(0)
-    dx = (_per_channel(scale, x) * inner).to(x.dtype) if want_dx else empty
-    dslope = empty
+    dx = (_per_channel(scale, x) * inner).to(x.dtype) if want_dx else x.new_empty(0)
+    dslope = wide.new_empty(0)
     if slope is not None and want_sums:
         dslope = _sum(grad * torch.where(z > 0, 0, z))
         dslope = (dslope if slope.shape == dslope.shape else dslope.sum(0, keepdim=True)).to(slope.dtype)
     return (
         dx,
-        dweight.to(weight.dtype) if weight is not None and want_sums else empty,
-        dbias.to(bias.dtype) if bias is not None and want_sums else empty,
+        dweight.to(weight.dtype) if weight is not None and want_sums else wide.new_empty(0),
+        dbias.to(bias.dtype) if bias is not None and want_sums else wide.new_empty(0),
         dslope,
-        g.to(x.dtype) if want_dresidual else empty,
+        g.to(x.dtype) if want_dresidual else x.new_empty(0),
     )
 
 
@@ -222,5 +221,11 @@ def batch_norm_act_bwd_bwd_reference(
         v_dresidual,
     )
     found = iter(adjoint(backward, [t for t in given if t is not None], cotangents))
-    results = [x.new_empty(0) if t is None else next(found) for t in given]
-    return tuple(results)  # type: ignore[return-value]
+    a_dy, a_x, a_weight, a_bias, a_residual, a_slope = (
+        mean.new_empty(0) if t is None else next(found) for t in given
+    )
+    if activation in ("identity", "relu", "leaky_relu"):  # zeros
+        a_bias, a_residual = a_bias.new_empty(0), x.new_empty(0)
+    elif residual is None:
+        a_residual = x.new_empty(0)
+    return a_dy, a_x, a_weight, a_bias, a_residual, a_slope

@@ -216,8 +216,8 @@ def bias_act_bwd_bwd_reference(
     wide = v.to(state_dtype(v.dtype))
     if x is None or dy is None:
         q = wide if v_bias is None else wide + per_channel(v_bias, v)
-        none = wide.new_empty(0)
-        return through_mask(q, mask, activation, negative_slope, gain, clamp).to(v.dtype), none, none, none
+        a_dy = through_mask(q, mask, activation, negative_slope, gain, clamp).to(v.dtype)
+        return a_dy, wide.new_empty(0), wide.new_empty(0), wide.new_empty(0)
     first = partial(_from_x, **_named(activation, negative_slope, gain, clamp))
     cotangents = _filled_cotangents(wide, v_bias, v_slope, slope, x)
     inputs = (dy.to(wide.dtype), x.to(wide.dtype), *_filled_parameters(bias, slope, wide, x))
