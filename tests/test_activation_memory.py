@@ -116,3 +116,43 @@ def test_a_third_less_than_eager(engine: str, last: bool, memory: Any) -> None:
         # In place, the last LeakyReLU keeps the result itself; without it both keep the same.
         assert kept[name] <= kept["in place"] + full
         assert kept[name] < saved[name] + full / 8, "a node keeps something that autograd does not see"
+
+
+#: Full tensors that batch_norm_act allocates in its three orders: results, and nothing beside them. In backward through
+#: autograd a residual's gradient is one more, and so is, in second order, what a smooth activation gives to the residual.
+ALLOCATED = {
+    ("leaky_relu", False): (1, 1, 2),
+    ("silu", False): (1, 1, 2),
+    ("leaky_relu", True): (1, 2, 2),
+    ("silu", True): (1, 2, 3),
+}
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize(("activation", "residual"), ALLOCATED)
+def test_batch_norm_act_allocates_its_results_alone(
+    memory: Any, activation: str, residual: bool, last: bool
+) -> None:
+    def full() -> Tensor:
+        layout = torch.channels_last if last else torch.contiguous_format
+        return torch.randn(4, 8, 32, 32).contiguous(memory_format=layout).requires_grad_()
+
+    x, dy, r = full(), full(), full() if residual else None
+    weight, bias = torch.rand(8, requires_grad=True), torch.rand(8, requires_grad=True)
+    leaves = [t for t in (x, weight, bias, r) if t is not None]
+    kept: list[Any] = []
+
+    def peak(run: Any) -> float:
+        return max(memory.held_during(lambda: kept.append(run()))) / x.nbytes
+
+    with fuseblock.backend("cpu"):
+        forward = peak(lambda: fuseblock.functional.batch_norm_act(x, weight, bias, r, activation=activation))
+        backward = peak(lambda: torch.autograd.grad(kept[0], leaves, dy, retain_graph=True))
+        dx, *_ = torch.autograd.grad(kept[0], leaves, dy, create_graph=True)
+        cotangent = torch.randn_like(dx)
+        second = peak(lambda: torch.autograd.grad(dx, [dy, *leaves], cotangent, materialize_grads=True))
+    mask = 1 / 32 if residual and activation == "leaky_relu" else 0
+    want = ALLOCATED[activation, residual]
+    zeros = residual and activation == "leaky_relu"  # of the residual: autograd fills in what does not exist
+    for got, count in zip((forward - mask, backward, second - zeros), want, strict=True):
+        assert count <= got < count + 0.02

@@ -71,9 +71,10 @@ def test_pytorch_module_inputs(stock: type, index: int, training: bool) -> None:
     assert repr(after) == repr(before).replace(stock.__name__, FUSED[stock].__name__)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(("stock", "index"), [c for c in CALLS if c[0] is torch.nn.BatchNorm2d])
-def test_pytorch_module_inputs_gradcheck(stock: type, index: int) -> None:
-    _, after, args = built(stock, index, True)
+def test_pytorch_module_inputs_gradcheck(stock: type, index: int, training: bool) -> None:
+    _, after, args = built(stock, index, training)
     leaves = with_leaves(args)
     names = [name for name, _ in after.named_parameters()]
 
