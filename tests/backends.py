@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 import fuseblock
 from fuseblock import _ext, dispatch, ops
-from fuseblock.launch import per_step
+from fuseblock.launch import cuda_lstm_recurrence, per_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _ON_GPU = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -71,18 +72,25 @@ def _emulated_cuda() -> Iterator[None]:
     emulates = [op for op in dispatch.operators() if hasattr(kernels, op) or hasattr(per_step, op)]
     before = {op: dispatch.candidates(op) for op in emulates}
 
-    def emulated(op: str) -> dispatch.Candidate:
+    def emulated(op: str) -> list[dispatch.Candidate]:
         run = getattr(kernels, op, None)
-        if run is None:
-            driver = getattr(per_step, op)
+        if run is not None:
+            return [dispatch.Candidate("cuda", run, lambda *args: None)]
+        step_by_step = dispatch.Candidate(
+            "cuda", partial(getattr(per_step, op), kernels), lambda *args: None, variant="per step"
+        )
+        blocks = cuda_lstm_recurrence.block_candidates(
+            op, kernels.block_recurrence, partial(cuda_lstm_recurrence.why_not_block, op)
+        )
+        return [*blocks, step_by_step]
 
-            def run(*args: Any) -> Any:
-                return driver(kernels, *args)
-
-        return dispatch.Candidate("cuda", run, lambda *args: None)
+    def replaced(op: str, candidates: tuple[dispatch.Candidate, ...]) -> list[dispatch.Candidate]:
+        first = next(n for n, c in enumerate(candidates) if c.name == "cuda")
+        others = [c for c in candidates[first:] if c.name != "cuda"]
+        return [*candidates[:first], *emulated(op), *others]
 
     for op, candidates in before.items():
-        dispatch.register(op, *(emulated(op) if c.name == "cuda" else c for c in candidates))
+        dispatch.register(op, *replaced(op, candidates))
     try:
         yield
     finally:

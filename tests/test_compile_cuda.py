@@ -22,6 +22,8 @@ SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), *sorted(SELF_TEST.glo
 ARCHITECTURES = ["80", "90a", "100"]
 #: Three blocks of 128 threads fit on a multiprocessor (65,536 registers, given out by 8 a thread).
 MOST_REGISTERS = 168
+#: Kernels that keep weights in registers have a multiprocessor for each of their blocks, of at most 256 threads.
+MOST_REGISTERS_RESIDENT = 255
 
 
 def nvcc() -> str:
@@ -82,7 +84,8 @@ def test_compiles_without_spills(source: Path, architecture: str) -> None:
     assert kernels, usage
     for name, registers, stack in kernels:
         assert int(stack) == 0, f"{name} for sm_{architecture} has {stack} bytes of stack"
-        assert int(registers) <= MOST_REGISTERS, f"{name} for sm_{architecture} takes {registers} registers"
+        most = MOST_REGISTERS_RESIDENT if source.stem.startswith("lstm_recurrence_block") else MOST_REGISTERS
+        assert int(registers) <= most, f"{name} for sm_{architecture} takes {registers} registers"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -176,3 +179,60 @@ def test_wrappers_are_single_instructions(source: str, architecture: str, instru
 def test_kernels_of_clusters_are_empty_where_there_are_none() -> None:
     usage = dump(compile_cubin(SELF_TEST / "cluster.cu", "80"), "--dump-resource-usage")
     assert set(re.findall(r"SHARED:(\d+)", usage)) == {"0"}
+
+
+def instructions(code: str) -> list[tuple[int, str]]:
+    """(address, text) of the machine code of a kernel."""
+    return [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*?)\s*;", code)]
+
+
+def loop_around_mma(code: list[tuple[int, str]]) -> list[str]:
+    """The instructions of the smallest loop that holds every mma."""
+    mma = [at for at, text in code if "HMMA" in text]
+    loops = []
+    for at, text in code:
+        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if jump is not None and int(jump[1], 16) <= mma[0] and at > mma[-1]:
+            loops.append((int(jump[1], 16), at))
+    start, end = max(loops)
+    return [text for at, text in code if start <= at <= end]
+
+
+def written(text: str) -> set[int]:
+    """Registers that an instruction writes."""
+    found = re.match(r"(?:@!?U?P\w+\s+)?(\S+)\s+(?:P\w+,\s*)*R(\d+)\b", text)
+    if found is None or re.match(r"ST|BAR|BRA|RED", found[1]):
+        return set()
+    wide = re.search(r"\.(64|128)\b|\.WIDE|HMMA|LDSM\S*\.4", found[1])
+    count = 1 if wide is None else 2 if wide[0] in (".64", ".WIDE") else 4
+    return set(range(int(found[2]), int(found[2]) + count))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_weights_stay_in_registers(direction: str, architecture: str) -> None:
+    """The time loop of the recurrence's block tier: mma, no reload of weights, 16-byte accesses."""
+    cubin = compile_cubin(ROOT / "csrc" / "cuda" / f"lstm_recurrence_block_{direction}.cu", architecture)
+    kernels = re.split(r"\n\s*Function : ", dump(cubin, "--dump-sass"))[1:]
+    seen = set()
+    for code in kernels:
+        name = code.split("\n", 1)[0]
+        hidden, tiles, aligned = map(int, re.search(r"Li(\d+)ELi(\d)ELb(\d)E", name).groups())
+        loop = loop_around_mma(instructions(code))
+        mma = [text for text in loop if "HMMA.16816" in text]
+        assert len(mma) == 4 * tiles * hidden // 16, name
+        weights = {int(re.search(r"R\d+, R(\d+)", text)[1]) for text in mma}
+        assert len(weights) == 4 * hidden // 16, f"{name}: tiles of weights share registers"
+        resident = {first + n for first in weights for n in range(4)}
+        for text in loop:
+            assert not written(text) & resident, f"{name} writes over a weight: {text}"
+        assert not [text for text in loop if re.search(r"\b(LDL|STL)\b", text)], f"{name} spills"
+        if aligned:
+            loads, stores = (sum(f"{kind}.E.128" in text for text in loop) for kind in ("LDG", "STG"))
+            assert loads >= 2 * tiles + (direction == "bwd"), f"{name}: {loads} loads of 16 bytes"
+            assert stores >= (2 * tiles if direction == "bwd" else 3 * tiles + 1), f"{name}: {stores} stores"
+            narrow = [text for text in loop if re.search(r"(LDG|STG)\.E\.U16|\b(LD|ST)\.E", text)]
+            assert not narrow, f"{name}: {narrow}"
+        seen.add((hidden, tiles, aligned))
+    two_tiles = (32, 64, 96, 128) if direction == "fwd" else (32, 64, 96)
+    assert seen == {(h, 1, a) for h in (32, 64, 96, 128) for a in (0, 1)} | {(h, 2, 1) for h in two_tiles}

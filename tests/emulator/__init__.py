@@ -22,9 +22,10 @@ from .batch_norm_act import EmulatedBatchNormAct
 from .bias_act import EmulatedBiasAct
 from .build import ROOT, Unavailable, build
 from .lstm_gates import EmulatedCuda
+from .lstm_recurrence_block import EmulatedBlockRecurrence
 from .upfirdn2d import EmulatedUpfirdn2d
 
-__all__ = ["EmulatedCuda", "load"]
+__all__ = ["EmulatedBlockRecurrence", "EmulatedCuda", "load", "load_block_recurrence"]
 
 _HERE = ROOT / "tests" / "emulator"
 
@@ -48,12 +49,21 @@ def load(variant: str | None = None) -> EmulatedCuda:
         gates, norm, bias_act, images = pool.map(lambda item: _module(*item, variant), families.items())
     kernels = EmulatedCuda(gates, EmulatedBatchNormAct(norm), EmulatedBiasAct(bias_act))
     kernels.upfirdn2d = EmulatedUpfirdn2d(images).upfirdn2d
+    kernels.block_recurrence = load_block_recurrence(variant)
     return kernels
 
 
+@functools.cache
+def load_block_recurrence(variant: str | None = None) -> EmulatedBlockRecurrence:
+    """The kernels of the recurrence's block tier alone; otherwise like `load`."""
+    variant = variant or os.environ.get("FUSEBLOCK_EMULATOR_VARIANT", "plain")
+    op = "lstm_recurrence_block"
+    return EmulatedBlockRecurrence(_module(op, f"binding_{op}.cpp", variant))
+
+
 def _module(op: str, binding: str, variant: str) -> ModuleType:
-    """The launchers of csrc/cuda/<op>.cu as a Python module of their own: one emulator each."""
-    sources = [_HERE / binding, ROOT / "csrc" / "cuda" / f"{op}.cu"]
+    """The launchers of csrc/cuda/<op>*.cu as a Python module of their own: one emulator each."""
+    sources = [_HERE / binding, *sorted((ROOT / "csrc" / "cuda").glob(f"{op}*.cu"))]
     try:
         path = build(f"emulated_{op}", sources, module=True, variant=variant)
     except Unavailable as reason:

@@ -1,10 +1,8 @@
-"""The recurrence on the CUDA C++ step kernels: one GEMM and one kernel per time step.
-
-Persistent engines, which keep w_hh on chip over all steps, join the list that `candidates` returns, ahead of this one.
-"""
+"""The recurrence on CUDA C++ kernels: whole sequences in one launch where w_hh fits on chip, else step by step."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import torch
 
 from ..dispatch import Candidate
-from . import per_step
+from . import block_recurrence, per_step
 
 _BATCH_SIZES = {"lstm_recurrence": 6, "lstm_recurrence_bwd": 11, "lstm_recurrence_bwd_bwd": 15}
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -29,6 +27,19 @@ def _why_not(op: str, *args: Any) -> str | None:
     return None
 
 
+def why_not_block(op: str, *args: Any) -> str | None:
+    """The reason why the block tier cannot run ``op`` on these arguments, whatever device they are on, or None."""
+    # Both ops with a block tier have ..., w_hh, w_hr, lengths, batch_sizes.
+    last = _BATCH_SIZES[op]
+    w_hh, w_hr, _, batch_sizes = args[last - 3 : last + 1]
+    return block_recurrence.why_not(w_hh.dtype, w_hh.shape[1] // 4, w_hr, batch_sizes)
+
+
+def _why_not_block_here(op: str, *args: Any) -> str | None:
+    like = next(x for x in args if isinstance(x, torch.Tensor))
+    return why_not_block(op, *args) if like.device.type == "cuda" else f"tensors are on {like.device}"
+
+
 def candidates(op: str) -> tuple[Candidate, ...]:
     """How CUDA C++ can run ``op``, a member of the family lstm_recurrence, in order of preference."""
     raw = torch.ops.fuseblock_cuda
@@ -38,4 +49,19 @@ def candidates(op: str) -> tuple[Candidate, ...]:
         step_bwd_bwd=raw.lstm_step_bwd_bwd.default,
     )
     run = partial(getattr(per_step, op), steps)
-    return (Candidate("cuda", run, partial(_why_not, op), devices=("cuda",), variant="per step"),)
+    step_by_step = Candidate("cuda", run, partial(_why_not, op), devices=("cuda",), variant="per step")
+    if not hasattr(raw, "lstm_block_fwd"):
+        return (step_by_step,)  # a library from before the block tier
+    blocks = SimpleNamespace(block_fwd=raw.lstm_block_fwd.default, block_bwd=raw.lstm_block_bwd.default)
+    return (*block_candidates(op, blocks, partial(_why_not_block_here, op)), step_by_step)
+
+
+def block_candidates(
+    op: str, kernels: block_recurrence.BlockKernels, why_not: Callable[..., str | None]
+) -> tuple[Candidate, ...]:
+    """The block tier, for the orders of derivative that it has (see `block_recurrence`)."""
+    if not hasattr(block_recurrence, op):
+        reason = "the block tier has first derivatives only: a second-order sweep needs w_hh and its transpose at once"
+        return (Candidate("cuda", None, lambda *args: reason, devices=("cuda",), variant="block"),)
+    run = partial(getattr(block_recurrence, op), kernels)
+    return (Candidate("cuda", run, why_not, devices=("cuda",), variant="block"),)

@@ -34,12 +34,13 @@ for _op, _reference in (
     ("lstm_recurrence_bwd", reference.lstm_recurrence_bwd_reference),
     ("lstm_recurrence_bwd_bwd", reference.lstm_recurrence_bwd_bwd_reference),
 ):
-    _triton = _candidates.triton(_op, "triton_lstm_recurrence")
+    _triton, _cuda = _candidates.triton(_op, "triton_lstm_recurrence"), _candidates.cuda_recurrence(_op)
     dispatch.register(
         _op,
         _candidates.compiled("cpu", _op),
+        *(c for c in _cuda if c.variant == "block"),
         *(c for c in _triton if c.variant == "persistent"),
-        *_candidates.cuda_recurrence(_op),
+        *(c for c in _cuda if c.variant != "block"),
         *(c for c in _triton if c.variant != "persistent"),
         _candidates.reference(_reference),
     )

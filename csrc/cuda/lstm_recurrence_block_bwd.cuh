@@ -1,0 +1,218 @@
+// The block tier's backward kernel: the picture of the forward pass with the weights transposed.
+//
+//   dh (of the step before) = W_hh^T dgates    a warp owns the same 16 units, now as rows of W_hh^T, and all 4 H columns
+//
+// dh and dc stay in registers. d(gates) of a step are in shared memory for the product, and are d(gx) as they leave.
+#pragma once
+
+#include "cuda/lstm_recurrence_block.cuh"
+
+namespace fuseblock::lstm_block {
+
+// Tiles (16 units by 16 gate rows k) of the transposed weights, as the left operand of mma has them: a thread reads its two
+// units of four rows k, and pairs what belongs to the same unit.
+template <class T, int H, class Block>
+__device__ __forceinline__ void load_transposed_weights(uint32_t (&tiles)[kGates][H / 16][4], const T* w_hh,
+                                                        const Block& block, const Thread& me) {
+#pragma unroll
+  for (int gate = 0; gate < kGates; ++gate) {
+    const auto w = block.weights(w_hh, gate);
+#pragma unroll
+    for (int k = 0; k < H / 16; ++k) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int row = k * 16 + me.column + n * 8;
+        const Vec<T, 2> first = w.template load<2>(row, me.unit), second = w.template load<2>(row + 1, me.unit);
+        tiles[gate][k][2 * n] = bits(pair(first.element[0], second.element[0]));
+        tiles[gate][k][2 * n + 1] = bits(pair(first.element[1], second.element[1]));
+      }
+    }
+  }
+}
+
+template <class T, int H, int kTiles, bool kAligned>
+__global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBlockBwd op) {
+  constexpr int kRows = kTiles * kTileRows;
+  constexpr bool kEarly = H <= 64;  // whether c is asked for a turn ahead; else the product, longer there, hides the wait
+  constexpr bool kExtras = kTiles == 1;  // d_gates and d_c may be there
+  using Hidden = SharedRows<T, kRows, H>;
+  using Gates4 = SharedRows<T, kRows, kGates * H>;
+  FB_SHARED(Gates4, gates, [2]);  // of this step and of the next to be done; a thread puts dgates in the place of its own
+  FB_SHARED(Hidden, dy_now, );
+
+  const Thread me;
+  const Block<kAligned> block(op.shape, kRows);
+  const int last = block.steps - 1;
+  auto saved_gates = block.sequence(static_cast<const T*>(op.gates), kGates);
+  auto saved_c = block.sequence(op.c, 1);
+  auto dy = block.sequence(static_cast<const T*>(op.dy.data), 1, op.dy.step_stride, op.dy.row_stride);
+  auto d_gates = block.sequence(static_cast<const T*>(op.d_gates), kGates);
+  auto d_c = block.sequence(op.d_c, 1);
+  auto dgx = block.sequence(static_cast<T*>(op.dgx), kGates);
+  saved_gates.move(last);
+  saved_c.move(last);
+  dy.move(last);
+  d_gates.move(last);
+  d_c.move(last);
+  dgx.move(last);
+  const bool has_dy = op.dy.data != nullptr;
+
+  uint32_t weights[kGates][H / 16][4];
+  load_transposed_weights<T, H>(weights, static_cast<const T*>(op.w_hh), block, me);
+
+  const auto load_c = [&](Vec<float, 2>(&c)[kTiles][2], const auto& from) {
+#pragma unroll
+    for (int n = 0; n < 2 * kTiles; ++n) {
+      c[n / 2][n % 2] = from.template load<2>(n / 2 * kTileRows + me.row + n % 2, me.unit);
+    }
+  };
+  // c as the step before `step` left it.
+  const auto load_c_before = [&](Vec<float, 2>(&c)[kTiles][2], int step) {
+    if (step == 0) return load_c(c, block.state(op.c0));
+    saved_c.move(-1);
+    load_c(c, saved_c);
+  };
+
+  // Everything of the last step, and the gradients that come from after it.
+  GatePieces<T, H, kTiles> arriving;
+  UnitPieces<T, kTiles> arriving_dy;
+  arriving.load(saved_gates, me);
+  arriving.put(gates[last % 2], me);
+  if (has_dy) {
+    arriving_dy.load(dy, me);
+    arriving_dy.put(dy_now, me);
+  }
+  Vec<float, 2> c_now[kTiles][2], c_before[kTiles][2], arriving_c[kTiles][2];
+  load_c(c_now, saved_c);
+  load_c_before(c_before, last);
+
+  float dh[kTiles][2][2], dc[kTiles][2][2];  // [tile][row][unit]
+  int length[kTiles][2];
+#pragma unroll
+  for (int n = 0; n < 2 * kTiles; ++n) {
+    const int tile = n / 2, r = n % 2, row = tile * kTileRows + me.row + r;
+    length[tile][r] = block.length(row);
+    Vec<T, 2> dh_n = zeros<T, 2>();
+    Vec<float, 2> dc_n = zeros<float, 2>();
+    if (op.dh_n != nullptr) dh_n = block.state(static_cast<const T*>(op.dh_n)).template load<2>(row, me.unit);
+    if (op.dc_n != nullptr) dc_n = block.state(op.dc_n).template load<2>(row, me.unit);
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      dh[tile][r][u] = dh_n[u];
+      dc[tile][r][u] = dc_n[u];
+    }
+  }
+  __syncwarp();
+
+  for (int step = last; step >= 0; --step) {
+    const int t = block.time(step);
+    Gates4& dgates = gates[step % 2];
+    // Asked for now, needed in the next turn.
+    if (step > 0) {
+      saved_gates.move(-1);
+      arriving.load(saved_gates, me);
+      if (has_dy) {
+        dy.move(-1);
+        arriving_dy.load(dy, me);
+      }
+      if (kEarly) load_c_before(arriving_c, step - 1);
+    }
+
+    // The thread's own cells.
+#pragma unroll
+    for (int n = 0; n < 2 * kTiles; ++n) {
+      const int tile = n / 2, r = n % 2, row = tile * kTileRows + me.row + r;
+      if (kExtras && op.d_c != nullptr) {
+        const Vec<float, 2> extra = d_c.template load<2>(row, me.unit);
+#pragma unroll
+        for (int u = 0; u < 2; ++u) dc[tile][r][u] += extra[u];
+      }
+      GateVecs<T, 2> delta = zero_gates<T, 2>();
+      if (t < length[tile][r]) {
+        const GateVecs<T, 2> s = own_gates<T, H>(dgates, row, me.unit);
+        GateVecs<T, 2> extra = zero_gates<T, 2>();
+        if (kExtras && op.d_gates != nullptr) {
+          extra = {d_gates.template load<2>(row, me.unit, 0), d_gates.template load<2>(row, me.unit, 1),
+                   d_gates.template load<2>(row, me.unit, 2), d_gates.template load<2>(row, me.unit, 3)};
+        }
+        const Vec<T, 2> dy_own = has_dy ? dy_now.template at<2>(row, me.unit) : zeros<T, 2>();
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          const GatesBwd<float> d =
+              lstm_step_bwd(s[u], c_before[tile][r][u], tanh_(c_now[tile][r][u]), dh[tile][r][u] + dy_own[u],
+                            dc[tile][r][u], extra[u]);
+          delta.set(u, d.delta);
+          dc[tile][r][u] = d.dc_prev;
+        }
+      }
+      put_own_gates<T, H>(dgates, row, me.unit, delta);
+      c_now[tile][r] = c_before[tile][r];
+    }
+    d_gates.move(-1);
+    d_c.move(-1);
+
+    // d(gx) leaves in pieces of 16 bytes.
+    __syncwarp();
+    GatePieces<T, H, kTiles>::store(dgates, dgx, me);
+    dgx.move(-1);
+    // dgates are whole, and nobody reads the other buffer any more.
+    __syncthreads();
+    if (step > 0) {
+      arriving.put(gates[(step + 1) % 2], me);
+      if (has_dy) arriving_dy.put(dy_now, me);
+      if (kEarly) {
+#pragma unroll
+        for (int n = 0; n < 2 * kTiles; ++n) c_before[n / 2][n % 2] = arriving_c[n / 2][n % 2];
+      } else {
+        load_c_before(c_before, step - 1);
+      }
+    }
+
+    // W^T dgates for all rows, in a sum per gate: one chain of mma would be four times as long.
+    float sum[kGates][kTiles][4] = {};
+#pragma unroll
+    for (int k = 0; k < H / 16; k += 2) {
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate) {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          uint32_t operands[2][2];
+          load_operands(operands, dgates, tile, gate * H + k * 16, me);
+#pragma unroll
+          for (int n = 0; n < 2; ++n) mma_m16n8k16<T>(sum[gate][tile], weights[gate][k + n], operands[n]);
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 2 * kTiles; ++n) {
+      const int tile = n / 2, r = n % 2;
+      if (t < length[tile][r]) {
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          const int cell = 2 * u + r;
+          dh[tile][r][u] = (sum[0][tile][cell] + sum[1][tile][cell]) + (sum[2][tile][cell] + sum[3][tile][cell]);
+        }
+      }
+    }
+    // What other lanes have put into gates and dy_now is read next.
+    __syncwarp();
+  }
+
+  const auto dh0 = block.state(static_cast<T*>(op.dh0));
+  const auto dc0 = block.state(op.dc0);
+#pragma unroll
+  for (int n = 0; n < 2 * kTiles; ++n) {
+    const int tile = n / 2, r = n % 2, row = tile * kTileRows + me.row + r;
+    Vec<T, 2> dh_out;
+    Vec<float, 2> dc_out;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      dh_out.set(u, dh[tile][r][u]);
+      dc_out.set(u, dc[tile][r][u]);
+    }
+    dh0.store(row, me.unit, dh_out);
+    dc0.store(row, me.unit, dc_out);
+  }
+}
+
+}  // namespace fuseblock::lstm_block

@@ -1,0 +1,144 @@
+// The block tier's forward kernel. For a step-by-step account with a picture: docs/how-the-recurrence-works.md.
+#pragma once
+
+#include "cuda/lstm_recurrence_block.cuh"
+
+namespace fuseblock::lstm_block {
+
+// Tiles (16 units by 16 columns k) of each gate's weights, as the left operand of mma has them.
+template <class T, int H, class Block>
+__device__ __forceinline__ void load_weights(uint32_t (&tiles)[kGates][H / 16][4], const T* w_hh, const Block& block,
+                                             const Thread& me) {
+#pragma unroll
+  for (int gate = 0; gate < kGates; ++gate) {
+    const auto w = block.weights(w_hh, gate);
+    __syncwarp();  // one gate after the other, or addresses take the registers of weights
+#pragma unroll
+    for (int k = 0; k < H / 16; ++k) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        tiles[gate][k][n] = bits(w.template load<2>(me.unit + n % 2, k * 16 + me.column + n / 2 * 8));
+      }
+    }
+  }
+}
+
+template <class T, int H, int kTiles, bool kAligned>
+__global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmBlockFwd op) {
+  constexpr int kRows = kTiles * kTileRows, kWidth = kVectorWidth<T>;
+  using Hidden = SharedRows<T, kRows, H>;
+  using Gates4 = SharedRows<T, kRows, kGates * H>;
+  using Cells = SharedRows<float, kRows, H>;
+  FB_SHARED(Hidden, h, [2]);  // of the step before and of this one, in turns
+  FB_SHARED(Gates4, gates, ); // gx of this step; each thread puts its activated gates in the place of its own gx
+  FB_SHARED(Cells, cells, );  // c on its way out
+
+  const Thread me;
+  const Block<kAligned> block(op.shape, kRows);
+  auto gx = block.sequence(static_cast<const T*>(op.gx.data), kGates, op.gx.step_stride, op.gx.row_stride);
+  auto y = block.sequence(static_cast<T*>(op.y), 1);
+  auto saved_gates = block.sequence(static_cast<T*>(op.gates), kGates);
+  auto saved_c = block.sequence(op.c, 1);
+  const bool saves = op.gates != nullptr;
+
+  // Before the first step: the weights, for good; h0, c0 and the first gx.
+  uint32_t weights[kGates][H / 16][4];
+  load_weights<T, H>(weights, static_cast<const T*>(op.w_hh), block, me);
+
+  UnitPieces<T, kTiles> h0;
+  h0.load(block.state(static_cast<const T*>(op.h0)), me);
+  h0.put(h[0], me);
+  GatePieces<T, H, kTiles> arriving;
+  arriving.load(gx, me);
+  arriving.put(gates, me);
+
+  const auto c0 = block.state(op.c0);
+  Vec<float, 2> c[kTiles][2];
+  int length[kTiles][2];
+#pragma unroll
+  for (int n = 0; n < 2 * kTiles; ++n) {
+    const int row = n / 2 * kTileRows + me.row + n % 2;
+    c[n / 2][n % 2] = c0.template load<2>(row, me.unit);
+    length[n / 2][n % 2] = block.length(row);
+  }
+  __syncthreads();
+
+  for (int step = 0; step < block.steps; ++step) {
+    const int t = block.time(step);
+    Hidden &h_before = h[step % 2], &h_now = h[(step + 1) % 2];
+    // Asked for now, needed at the end of the step.
+    if (step + 1 < block.steps) {
+      gx.move(1);
+      arriving.load(gx, me);
+    }
+
+    // W h for all rows; the sums of a gate and a tile are one chain of mma.
+    float sum[kGates][kTiles][4] = {};
+#pragma unroll
+    for (int k = 0; k < H / 16; k += 2) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        uint32_t operands[2][2];
+        load_operands(operands, h_before, tile, k * 16, me);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int gate = 0; gate < kGates; ++gate) mma_m16n8k16<T>(sum[gate][tile], weights[gate][k + n], operands[n]);
+        }
+      }
+    }
+
+    // The thread's own cells: all four gates of each are in its registers.
+#pragma unroll
+    for (int n = 0; n < 2 * kTiles; ++n) {
+      const int tile = n / 2, r = n % 2, row = tile * kTileRows + me.row + r;
+      const GateVecs<T, 2> from_input = own_gates<T, H>(gates, row, me.unit);
+      GateVecs<T, 2> activated = zero_gates<T, 2>();
+      Vec<T, 2> h_new = h_before.template at<2>(row, me.unit);
+      if (t < length[tile][r]) {
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          const Gates<float> x = from_input[u];
+          const int cell = 2 * u + r;
+          const Gates<float> s = activate(Gates<float>{x.i + sum[0][tile][cell], x.f + sum[1][tile][cell],
+                                                       x.g + sum[2][tile][cell], x.o + sum[3][tile][cell]});
+          const float c_new = s.f * c[tile][r][u] + s.i * s.g;
+          c[tile][r].set(u, c_new);
+          h_new.set(u, s.o * tanh_(c_new));
+          activated.set(u, s);
+        }
+      }
+      h_now.template at<2>(row, me.unit) = h_new;
+      if (saves) {
+        put_own_gates<T, H>(gates, row, me.unit, activated);
+        cells.template at<2>(row, me.unit) = c[tile][r];
+      }
+    }
+
+    // What the lanes of a warp have put together leaves in pieces of 16 bytes.
+    __syncwarp();
+    UnitPieces<T, kTiles>::each(me, [&](int, int row, int unit) {
+      y.store(row, unit, t < block.length(row) ? h_now.template at<kWidth>(row, unit) : zeros<T, kWidth>());
+    });
+    y.move(1);
+    if (saves) {
+      GatePieces<T, H, kTiles>::store(gates, saved_gates, me);
+      UnitPieces<float, kTiles>::store(cells, saved_c, me);
+      saved_gates.move(1);
+      saved_c.move(1);
+    }
+    __syncwarp();
+    arriving.put(gates, me);
+    // h_now is whole. The next step writes over h_before, which nobody reads any more.
+    __syncthreads();
+  }
+
+  UnitPieces<T, kTiles>::store(h[block.steps % 2], block.state(static_cast<T*>(op.h_n)), me);
+  const auto c_n = block.state(op.c_n);
+#pragma unroll
+  for (int n = 0; n < 2 * kTiles; ++n) {
+    c_n.store(n / 2 * kTileRows + me.row + n % 2, me.unit, c[n / 2][n % 2]);
+  }
+}
+
+}  // namespace fuseblock::lstm_block

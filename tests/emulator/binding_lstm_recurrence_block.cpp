@@ -1,0 +1,72 @@
+// The CUDA launchers of the recurrence's block tier as Python functions on CPU tensors.
+#include <pybind11/pybind11.h>
+
+#include "cuda/lstm_recurrence_block.h"
+#include "cuda_emulator.h"
+
+namespace py = pybind11;
+using namespace fuseblock;
+
+namespace {
+
+using H = py::handle;
+
+template <class T>
+T* address(H x) {
+  return x.is_none() ? nullptr : reinterpret_cast<T*>(x.attr("data_ptr")().cast<uintptr_t>());
+}
+
+// (steps, batch, columns) with contiguous columns.
+Sequence sequence(H x) {
+  if (x.is_none()) return {};
+  const auto stride = [&](int d) { return x.attr("stride")(d).cast<int64_t>(); };
+  return {address<void>(x), stride(0), stride(1)};
+}
+
+LstmBlockShape shape(H gates, H c0, H lengths, int multiprocessors) {
+  const auto size = [](H x, int d) { return x.attr("shape").attr("__getitem__")(d).cast<int64_t>(); };
+  return {size(gates, 0), size(c0, 1), size(c0, 2), size(c0, 0), address<int64_t>(lengths), multiprocessors};
+}
+
+template <class Op>
+void launch(int (*launcher)(const Op*, int, void*), const Op& op, int dtype) {
+  int error;
+  {
+    py::gil_scoped_release release;
+    error = launcher(&op, dtype, nullptr);
+  }
+  if (error != 0) throw py::value_error("the launcher returned cudaError " + std::to_string(error));
+}
+
+void fwd(H gx, H h0, H c0, H w_hh, H lengths, H y, H h_n, H c_n, H gates, H c, int multiprocessors, int dtype) {
+  launch(launch_lstm_block_fwd,
+         {shape(gx, c0, lengths, multiprocessors), sequence(gx), address<void>(h0), address<void>(w_hh), address<float>(c0),
+          address<void>(y), address<void>(h_n), address<float>(c_n), address<void>(gates), address<float>(c)},
+         dtype);
+}
+
+void bwd(H dy, H dh_n, H dc_n, H d_gates, H d_c, H gates, H c, H c0, H w_hh, H lengths, H dgx, H dh0, H dc0,
+         int multiprocessors, int dtype) {
+  launch(launch_lstm_block_bwd,
+         {shape(gates, c0, lengths, multiprocessors), sequence(dy), address<void>(dh_n), address<float>(dc_n),
+          address<void>(d_gates), address<float>(d_c), address<void>(gates), address<float>(c), address<float>(c0),
+          address<void>(w_hh), address<void>(dgx), address<void>(dh0), address<float>(dc0)},
+         dtype);
+}
+
+// Blocks over rows and directions, threads.
+py::tuple last_launch() {
+  const auto [grid, block] = cuda_emulator::last_launch();
+  return py::make_tuple(grid.x, grid.y, block.x);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(emulated_lstm_recurrence_block, m) {
+  m.def("fwd", &fwd);
+  m.def("bwd", &bwd);
+  m.def("last_launch", &last_launch);
+  m.def("set_seed", &cuda_emulator::set_seed);
+  m.def("set_workers", &cuda_emulator::set_workers);
+  m.attr("largest_hidden") = kLstmBlockLargestHidden;
+}

@@ -1,0 +1,254 @@
+"""The recurrence's block tier, emulated: values over odd sizes, ragged rows, absent gradients, layouts, declined calls."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fuseblock
+from fuseblock import dispatch
+from fuseblock.launch import block_recurrence
+
+from ..backends import available
+from ..emulator import load_block_recurrence
+from ..emulator.build import ROOT
+from .lstm_cases import LstmCase, check_backward, check_forward
+
+DTYPES = [torch.float16, torch.bfloat16]
+BATCHES, HIDDENS, STEPS = (1, 3, 8, 17), (24, 40, 100, 128), (1, 2, 33)
+
+
+class BlockOps:
+    """The first-order operators of the recurrence, run by the emulated block tier alone."""
+
+    def __init__(self) -> None:
+        self.kernels = load_block_recurrence()
+
+    def lstm_recurrence(self, *args: Any) -> tuple[Tensor, ...]:
+        return block_recurrence.lstm_recurrence(self.kernels, *args)
+
+    def lstm_recurrence_bwd(self, *args: Any) -> tuple[Tensor, ...]:
+        return block_recurrence.lstm_recurrence_bwd(self.kernels, *args)
+
+
+@pytest.fixture
+def block() -> Iterator[BlockOps]:
+    ops = BlockOps()
+    yield ops
+    ops.kernels.multiprocessors = 132
+    ops.kernels.set_seed(0)
+
+
+def ragged(steps: int, batch: int) -> tuple[int, ...]:
+    """Lengths from 0 to steps, every row another one."""
+    return tuple((7 * b + steps) % (steps + 1) for b in range(batch))
+
+
+def case(steps: int, batch: int, hidden: int, directions: int, with_lengths: bool) -> LstmCase:
+    lengths = ragged(steps, batch) if with_lengths else None
+    return LstmCase(steps, batch, hidden, directions, None, lengths)
+
+
+#: Every pair of values of two different columns occurs: steps, batch, hidden, directions, lengths, multiprocessors.
+PAIRWISE = [
+    (2, 1, 24, 1, False, 132),
+    (33, 3, 24, 2, True, 1),
+    (1, 8, 24, 2, False, 1),
+    (2, 17, 24, 1, True, 132),
+    (33, 1, 40, 2, False, 132),
+    (2, 3, 40, 1, True, 1),
+    (1, 17, 40, 2, True, 1),
+    (33, 8, 40, 1, False, 132),
+    (1, 1, 100, 1, True, 1),
+    (2, 8, 100, 2, True, 132),
+    (1, 3, 100, 1, False, 132),
+    (33, 17, 100, 2, False, 1),
+    (1, 1, 128, 2, True, 132),
+    (33, 8, 128, 1, True, 1),
+    (2, 3, 128, 2, False, 132),
+    (2, 17, 128, 1, False, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", PAIRWISE, ids=str)
+def test_parity(block: BlockOps, sizes: tuple[Any, ...], dtype: torch.dtype) -> None:
+    *problem, block.kernels.multiprocessors = sizes
+    check_forward(block, case(*problem), dtype)
+    check_backward(block, case(*problem), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("multiprocessors", [132, 1])
+@pytest.mark.parametrize("hidden", HIDDENS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_parity_of_every_size(
+    block: BlockOps, batch: int, hidden: int, multiprocessors: int, dtype: torch.dtype
+) -> None:
+    block.kernels.multiprocessors = multiprocessors
+    for steps, directions, with_lengths in itertools.product(STEPS, (1, 2), (False, True)):
+        block.kernels.set_seed(steps + directions)
+        check_forward(block, case(steps, batch, hidden, directions, with_lengths), dtype)
+        check_backward(block, case(steps, batch, hidden, directions, with_lengths), dtype)
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 1])
+def test_threads_in_any_order(block: BlockOps, multiprocessors: int) -> None:
+    """Bit for bit: the kernels wait where they must, and nothing depends on who comes first."""
+    block.kernels.multiprocessors = multiprocessors
+    *tensors, lengths = case(5, 9, 40, 2, True).inputs(torch.bfloat16)
+    results = []
+    for seed in (0, 1, 2):
+        block.kernels.set_seed(seed)
+        y, h_n, c_n, gates, c = block.lstm_recurrence(*tensors, lengths, None, True)
+        saved = (gates, c, tensors[2], tensors[3], None, lengths, None)
+        results.append([y, h_n, c_n, gates, c, *block.lstm_recurrence_bwd(y, h_n, c_n, None, None, *saved)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 1])
+def test_absent_gradients_mean_zeros(block: BlockOps, multiprocessors: int) -> None:
+    block.kernels.multiprocessors = multiprocessors
+    for given in [(), (0,), (1,), (2,), (3,), (4,), (0, 1, 2)]:
+        check_backward(block, case(4, 3, 40, 2, True), torch.bfloat16, given=given)
+
+
+def test_blocks(block: BlockOps) -> None:
+    """One tile of 8 rows a block; two where tiles outnumber multiprocessors; one again where registers are short."""
+    for multiprocessors, hidden, batch, directions, forward, backward in [
+        (4, 40, 17, 1, (3, 1, 128), (3, 1, 128)),
+        (2, 40, 17, 1, (2, 1, 128), (2, 1, 128)),
+        (4, 40, 17, 2, (2, 2, 128), (2, 2, 128)),
+        (3, 8, 24, 1, (3, 1, 64), (3, 1, 64)),
+        (2, 65, 24, 1, (3, 1, 192), (3, 1, 192)),
+        (1, 96, 16, 1, (1, 1, 192), (1, 1, 192)),
+        (1, 104, 16, 1, (1, 1, 256), (2, 1, 256)),
+    ]:
+        block.kernels.multiprocessors = multiprocessors
+        gx, h0, c0, w_hh, _, _ = case(1, batch, hidden, directions, False).inputs(torch.float16)
+        y, _, _, gates, c = block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
+        assert block.kernels.last_launch() == forward
+        saved = (gates, c, c0, w_hh, None, None, None)
+        block.lstm_recurrence_bwd(y, None, None, None, None, *saved)
+        assert block.kernels.last_launch() == backward
+        for d_gates, d_c in ((gates, None), (None, c)):
+            block.lstm_recurrence_bwd(y, None, None, d_gates, d_c, *saved)
+            assert block.kernels.last_launch()[0] == -(-batch // 8)
+
+
+@pytest.mark.parametrize("layout", ["batch first", "sliced", "shifted", "expanded"])
+def test_layouts(block: BlockOps, layout: str) -> None:
+    gx, h0, c0, w_hh, _, _ = case(4, 3, 40, 2, False).inputs(torch.bfloat16)
+    y, h_n, c_n, gates, c = block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
+    saved = (gates, c, c0, w_hh, None, None, None)
+    dy = torch.ones_like(y)
+    want = block.lstm_recurrence_bwd(dy, None, None, None, None, *saved)
+
+    def other(x: Tensor) -> Tensor:
+        if layout == "batch first":
+            return x.transpose(0, 1).contiguous().transpose(0, 1)
+        if layout == "sliced":
+            return torch.cat([x, x.new_full(x.shape, float("nan"))], -1)[..., : x.shape[-1]]
+        flat = torch.nn.functional.pad(x.flatten(), (1, 0), value=float("nan"))
+        return flat[1:].view(x.shape)
+
+    if layout == "expanded":
+        dy = torch.ones((), dtype=dy.dtype).expand(dy.shape)
+    else:
+        gx, h0, c0, w_hh, dy, gates, c = map(other, (gx, h0, c0, w_hh, dy, gates, c))
+    got = block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
+    assert all(torch.equal(a, b) for a, b in zip(got[:3], (y, h_n, c_n), strict=True))
+    got = block.lstm_recurrence_bwd(dy, None, None, None, None, gates, c, c0, w_hh, None, None, None)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_what_inactive_rows_must_ignore_may_be_nan(block: BlockOps) -> None:
+    gx, h0, c0, w_hh, _, lengths = case(4, 3, 24, 2, True).inputs(torch.float16)
+    beyond = torch.arange(4)[:, None] >= lengths[None]
+    y, h_n, c_n, gates, c = block.lstm_recurrence(gx, h0, c0, w_hh, None, lengths, None, True)
+    saved = (c, c0, w_hh, None, lengths, None)
+    want = block.lstm_recurrence_bwd(y, h_n, c_n, gates, c, gates, *saved)
+    gx, dy, d_gates, dirty = (x.masked_fill(beyond[..., None], float("nan")) for x in (gx, y, gates, gates))
+    got = block.lstm_recurrence(gx, h0, c0, w_hh, None, lengths, None, True)
+    assert all(torch.equal(a, b) for a, b in zip(got, (y, h_n, c_n, gates, c), strict=True))
+    got = block.lstm_recurrence_bwd(dy, h_n, c_n, d_gates, c, dirty, *saved)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_rows_do_not_touch_each_other(block: BlockOps) -> None:
+    """A row that is not a number stays alone in its tile."""
+    gx, h0, c0, w_hh, _, _ = case(3, 4, 24, 1, False).inputs(torch.float16)
+    want, *_ = block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
+    gx[0, 2] = float("nan")
+    got, *_ = block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
+    assert got[:, 2].isnan().all()
+    others = [0, 1, 3]
+    assert torch.equal(got[:, others], want[:, others])
+
+
+@pytest.mark.parametrize("empty", ["batch", "hidden"])
+def test_nothing_to_do(block: BlockOps, empty: str) -> None:
+    gx, h0, c0, w_hh, _, _ = case(2, 0 if empty == "batch" else 3, 24, 1, False).inputs(torch.float16)
+    if empty == "hidden":
+        gx, h0, c0, w_hh = gx[..., :0], h0[..., :0], c0[..., :0], w_hh[:, :0, :0]
+    y, h_n, c_n, gates, c = block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
+    assert y.shape == (*gx.shape[:2], c0.shape[2])
+    dgx, dh0, dc0, _ = block.lstm_recurrence_bwd(
+        y, None, None, None, None, gates, c, c0, w_hh, None, None, None
+    )
+    assert (dgx.shape, dh0.shape, dc0.shape) == (gx.shape, h0.shape, c0.shape)
+
+
+def test_sizes_are_those_of_the_header(block: BlockOps) -> None:
+    header = (ROOT / "csrc" / "cuda" / "lstm_recurrence_block.h").read_text()
+    classes = [int(x) for x in re.findall(r"X\((\d+)\)", header)]
+    assert classes == sorted(classes)
+    assert classes[-1] == block.kernels.largest_hidden == block_recurrence.LARGEST_HIDDEN
+    gx, h0, c0, w_hh, _, _ = case(1, 1, classes[-1] + 1, 1, False).inputs(torch.float16)
+    with pytest.raises(ValueError, match="cudaError 1"):
+        block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
+    gx, h0, c0, w_hh, _, _ = case(1, 1, 8, 1, False).inputs(torch.float32)
+    with pytest.raises(ValueError, match="cudaError 1"):
+        block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
+
+
+DECLINED = {
+    "float32": (LstmCase(2, 3, 24, 1, None, None), torch.float32, "float16 and bfloat16"),
+    "large": (LstmCase(2, 3, 129, 1, None, None), torch.float16, "H = 129"),
+    "projection": (LstmCase(2, 3, 24, 1, 8, None), torch.bfloat16, "projection"),
+}
+
+
+@pytest.mark.parametrize("kind", DECLINED)
+def test_declined_calls_run_per_step_and_say_why(kind: str) -> None:
+    problem, dtype, reason = DECLINED[kind]
+    args = (*problem.inputs(dtype), None, True)
+    with available("cuda"), fuseblock.backend("cuda"):
+        explanation = dict(fuseblock.explain("lstm_recurrence", *args).reasons)
+        assert reason in str(explanation["cuda (block)"])
+        assert dispatch.choose("lstm_recurrence", args).variant == "per step"
+
+
+def test_chosen_before_per_step_but_not_for_second_derivatives() -> None:
+    args = (*LstmCase(2, 3, 24, 1, None, None).inputs(torch.bfloat16), None, True)
+    with available("cuda"), fuseblock.backend("cuda"):
+        assert dispatch.choose("lstm_recurrence", args).variant == "block"
+        second = dispatch.candidates("lstm_recurrence_bwd_bwd")
+        by_label = {c.label: c for c in second}
+        assert by_label["cuda (block)"].run is None
+        assert "first derivatives only" in str(by_label["cuda (block)"].why_not())
+        assert by_label["cuda (per step)"].run is not None
+
+
+def test_packed_rows_are_declined() -> None:
+    reason = block_recurrence.why_not(torch.float16, 8, None, torch.tensor([2, 1]))
+    assert reason is not None
+    assert "packed" in reason
