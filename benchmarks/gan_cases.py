@@ -167,6 +167,32 @@ class SnganDown(nn.Module):
         return nn.functional.avg_pool2d(h + self.shortcut(x), 2)
 
 
+def _eight_layers() -> nn.Module:
+    return seq(
+        conv(3, 64, 3, norm=False),
+        conv(64, 64, 4, 2, norm=False),
+        conv(64, 128, 3, norm=False),
+        conv(128, 128, 4, 2, norm=False),
+        conv(128, 256, 3, norm=False),
+        conv(256, 256, 4, 2, norm=False),
+        conv(256, 512, 3, norm=False),
+        [nn.Conv2d(512, 1, 4)],
+    )
+
+
+class Weights(nn.Module):
+    """The weights of a network's convolutions, as its forward would get them, and nothing done with them but a sum each."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sums (and those of the biases, so that every parameter counts), times x."""
+        convolutions = [module for module in self.network.modules() if isinstance(module, nn.Conv2d)]
+        return torch.stack([module.weight.sum() + module.bias.sum() for module in convolutions]) * x
+
+
 def _dcgan_g(width: int) -> list[nn.Module]:
     return [
         nn.ConvTranspose2d(100, 8 * width, 4, bias=False),
@@ -233,7 +259,7 @@ CASES: tuple[GanCase, ...] = (
         16,
         64,
         SINGLE,
-        kind="norm",
+        kind="norm-smooth",
     ),
     GanCase(
         "conv-3x3",
@@ -326,7 +352,6 @@ CASES: tuple[GanCase, ...] = (
         16,
         64,
         ALL,
-        kind="critic-bn",
     ),
     GanCase("wgan-gp", "critic without norm", lambda: seq(_critic(32, False)), (3, 64, 64), 16, 64, ALL),
     GanCase(
@@ -463,23 +488,25 @@ CASES: tuple[GanCase, ...] = (
     # Spectral norm.
     GanCase(
         "spectral-8",
-        "spectral norm of an 8-layer D",
-        lambda: seq(
-            conv(3, 64, 3, norm=False),
-            conv(64, 64, 4, 2, norm=False),
-            conv(64, 128, 3, norm=False),
-            conv(128, 128, 4, 2, norm=False),
-            conv(128, 256, 3, norm=False),
-            conv(256, 256, 4, 2, norm=False),
-            conv(256, 512, 3, norm=False),
-            [nn.Conv2d(512, 1, 4)],
-        ),
+        "spectral norm of an 8-layer D, by itself",
+        lambda: Weights(_eight_layers()),
+        (1,),
+        1,
+        1,
+        ("train",),
+        "r1",
+        "spectral",
+        spectral=True,
+    ),
+    GanCase(
+        "spectral-8-network",
+        "an 8-layer D with spectral norm",
+        _eight_layers,
         (3, 32, 32),
         1,
         64,
         ("train",),
         "r1",
-        "spectral",
         spectral=True,
     ),
 )

@@ -148,7 +148,7 @@ def _kind(*kinds: str) -> Predicate:
 
 
 GAN_CLASSES: dict[str, Predicate] = {
-    "batch norm and activation": _kind("norm", "norm-small"),
+    "batch norm and activation": _kind("norm", "norm-small", "norm-smooth"),
     "convolution": _kind("conv"),
     "blocks and networks": _kind("block", "critic-bn", "r1"),
     "spectral norm": _kind("spectral"),
@@ -160,7 +160,7 @@ GAN_BARS: tuple[Bar, ...] = (
     Bar("batch norm and LeakyReLU, double backward: 6x stock", "double", _kind("norm"), _stock, 6.0),
     Bar("convolution, double backward: 1.5x stock", "double", _kind("conv"), _stock, 1.5),
     Bar(
-        "WGAN-GP penalty step of a critic with batch norm: 1.8x stock",
+        "WGAN-GP penalty step of a critic with batch norm, 96 channels: 1.8x stock",
         "penalty",
         _kind("critic-bn"),
         _stock,

@@ -68,12 +68,20 @@ def batch_norm_act(
         x, (weight, bias, residual, slope), (running_mean, running_var)
     ):
         given = (None, None) if training else (running_mean, running_var)
+        values = x.numel()
+        # Like PyTorch, an empty batch leaves the running statistics as they are.
+        moved = (running_mean, running_var) if training and values > 0 else (None, None)
+        options = momentum, eps, activation, negative_slope, training
+        try:
+            if x.dim() < 2 or (training and values == x.shape[1] > 0):
+                raise ValueError(f"batch_norm_act: x of shape {tuple(x.shape)} has too few values")
+            return _batch_norm_node.run(x, weight, bias, residual, slope, given, moved, *options)
+        except (RuntimeError, ValueError) as error:
+            failed = error
+        # The kernel checks as well; here it is said in the terms of this function.
         _check_running(x, running_mean, running_var)
         ops.check_batch_norm_act(x, weight, bias, residual, slope, *given, activation, training, "")
-        # Like PyTorch, an empty batch leaves the running statistics as they are.
-        moved = (running_mean, running_var) if training and x.numel() > 0 else (None, None)
-        options = momentum, eps, activation, negative_slope, training
-        return _batch_norm_node.run(x, weight, bias, residual, slope, given, moved, *options)
+        raise failed
     _check_running(x, running_mean, running_var)
     group = "" if process_group is None else process_group.group_name
     mean, var = (None, None) if training else (running_mean, running_var)

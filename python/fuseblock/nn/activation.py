@@ -55,9 +55,13 @@ def activate_over(act: torch.nn.Module, x: Tensor) -> Tensor:
 
 def unusual(module: torch.nn.Module) -> bool:
     """Whether a call of the module is more than its class's forward: hooks, or a forward of its own."""
+    return bool(module._forward_pre_hooks) or shows_output(module)
+
+
+def shows_output(module: torch.nn.Module) -> bool:
+    """Whether others may see, or make, what a call of the module returns."""
     return bool(
         module._forward_hooks
-        or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .activation import LeakyReLU, ReLU, activate_over, name_of, unusual
+from .activation import LeakyReLU, ReLU, activate_over, name_of, shows_output, unusual
 from .conv import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
 from .norm_act import (
     BatchNormAct1d,
@@ -60,7 +60,7 @@ def joins(norm: torch.nn.Module | None, act: torch.nn.Module | None) -> bool:
 def over_convolution(conv: torch.nn.Module, act: torch.nn.Module, input: Tensor) -> Tensor:
     """``act(conv(input))``; a rectifier is written over the convolution's output if no hook has seen that."""
     z: Tensor = conv(input)
-    if unusual(conv):
+    if shows_output(conv):
         activated: Tensor = act(z)
         return activated
     return activate_over(act, z)
