@@ -1,7 +1,7 @@
 // Runs CUDA kernels on the CPU, for tests: the same source that nvcc compiles, compiled by g++ (csrc/cuda/launch.h).
 //
 // Every CUDA thread is a fiber. The blocks that must run together (a cluster, the grid of a cooperative launch) share an OS
-// thread, so that set_seed() decides in which order everything happens: threads and blocks take turns in an order that is
+// thread, so that set_seed() decides in which order everything happens: warps and their lanes take turns in an order that is
 // shuffled in every round, one block may be kept behind the others, and what is copied asynchronously arrives sooner or
 // later (seed 0: threads in order, copies as late as possible).
 //
