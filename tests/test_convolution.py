@@ -100,7 +100,7 @@ def second_order(of: Any, case: Case, tensors: list[Tensor | None]) -> list[Tens
     return list(torch.autograd.grad(gradients, (x, w, dy), given))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", CASES)
 def test_first_order_is_pytorchs(name: str, layout: str, dtype: torch.dtype) -> None:
@@ -111,7 +111,7 @@ def test_first_order_is_pytorchs(name: str, layout: str, dtype: torch.dtype) -> 
         assert torch.equal(g, v) and g.dtype == v.dtype and _steps(g) == _steps(v)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", CASES)
 def test_second_order(name: str, layout: str, dtype: torch.dtype) -> None:
@@ -151,11 +151,12 @@ TINY = {
 }
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", TINY)
-def test_derivatives_of_every_order(name: str) -> None:
+def test_derivatives_of_every_order(name: str, layout: str) -> None:
     """First to third: gradgradcheck of the gradient."""
     case = TINY[name]
-    x, w, b, dy, *_ = case.tensors(torch.float64)
+    x, w, b, dy, *_ = case.tensors(torch.float64, layout)
     assert gradcheck(function_of(case), (x, w, b))
     assert gradgradcheck(function_of(case), (x, w, b))
 

@@ -100,7 +100,7 @@ def theirs(*args: Any) -> Any:
 
 @pytest.mark.parametrize("n_power_iterations", [0, 1, 3])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_parity(kind: str, dtype: torch.dtype, layout: str, n_power_iterations: int) -> None:
     want = outcome(theirs, torch.float64, layout, n_power_iterations)
     stock = outcome(theirs, dtype, layout, n_power_iterations)

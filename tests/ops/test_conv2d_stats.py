@@ -74,6 +74,7 @@ def test_variance_beside_a_large_mean(forced: Forced) -> None:
 
 def test_gradients_of_every_order(forced: Forced) -> None:
     x, w, b = torch.randn(2, 2, 4, 3), torch.randn(3, 2, 3, 3), torch.randn(3)
+    x = x.contiguous(memory_format=torch.channels_last)
     cases.check_gradients(
         forced, lambda *t: functional.conv2d_stats(*t, (2, 1), 1), lambda *t: F.conv2d(*t, (2, 1), 1), x, w, b
     )

@@ -161,7 +161,8 @@ def test_gradients_of_every_order(forced: Forced, case: int) -> None:
     def ours(x: Tensor) -> Tensor:
         return run(forced, x, f, up, down, padding, case == 1, 0.7)
 
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    layout = torch.channels_last if case == 0 else torch.contiguous_format
+    x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
     assert torch.autograd.gradcheck(ours, x, fast_mode=True)
     assert torch.autograd.gradgradcheck(ours, x, fast_mode=True)
 
