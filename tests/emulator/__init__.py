@@ -63,7 +63,9 @@ def load_block_recurrence(variant: str | None = None) -> EmulatedBlockRecurrence
 
 def _module(op: str, binding: str, variant: str) -> ModuleType:
     """The launchers of csrc/cuda/<op>*.cu as a Python module of their own: one emulator each."""
-    sources = [_HERE / binding, *sorted((ROOT / "csrc" / "cuda").glob(f"{op}*.cu"))]
+    kernels = ROOT / "csrc" / "cuda"
+    # A copy of the project that holds mutants chooses among them in a file of its own.
+    sources = [_HERE / binding, *sorted(kernels.glob(f"{op}*.cu")), *kernels.glob("mutants.cu")]
     try:
         path = build(f"emulated_{op}", sources, module=True, variant=variant)
     except Unavailable as reason:

@@ -1,4 +1,4 @@
-"""The step kernels' tests again, with the kernels built for AddressSanitizer and ThreadSanitizer."""
+"""Tests of the LSTM's kernels again, with the kernels built for AddressSanitizer and ThreadSanitizer."""
 
 from __future__ import annotations
 
@@ -26,6 +26,20 @@ def library(name: str) -> str:
     ("variant", "selection"), [("asan", "float16 and (33 or 8 or 129)"), ("tsan", "inputs")]
 )
 def test_step_kernels(variant: str, selection: str) -> None:
+    run_tests("tests/emulator/test_lstm_gates_emulated.py", variant, selection)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("variant", "selection"), [("asan", "parity and not 33 and not every"), ("tsan", "any_order")]
+)
+def test_block_tier(variant: str, selection: str) -> None:
+    run_tests("tests/ops/test_lstm_recurrence_block.py", variant, selection)
+
+
+def run_tests(file: str, variant: str, selection: str) -> None:
+    """Run the selected tests of a file with the kernels built for a sanitizer."""
     # The C++ library must be there when the sanitizer starts, or it cannot follow exceptions.
     preload = f"{library(f'lib{variant}.so')}:{library('libstdc++.so')}"
     settings = {
@@ -37,7 +51,7 @@ def test_step_kernels(variant: str, selection: str) -> None:
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection]
     done = subprocess.run(
-        [*command, "tests/emulator/test_lstm_gates_emulated.py"],
+        [*command, file],
         cwd=ROOT,
         env={**os.environ, **settings},
         capture_output=True,

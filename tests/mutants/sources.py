@@ -35,6 +35,7 @@ def _selected(expression: str, *files: str) -> tuple[str, ...]:
 
 
 _EMULATOR = (("tests/emulator/test_lstm_gates_emulated.py",),)
+_BLOCK = (("tests/ops/test_lstm_recurrence_block.py", "-m", "not slow"),)
 _CPU_GATES = (
     _selected(_NOT_CPU, "tests/ops/test_lstm_gates.py"),
     _selected("gates", "tests/ops/test_cpu_bounds.py"),
@@ -122,6 +123,12 @@ SOURCES = [
     Source("csrc/cpu/plan.h", "cpu", _CPU_LAYER + _CPU_RECURRENCE),
     Source("csrc/cpu/lstm_layer.cpp", "cpu", _CPU_LAYER),
     Source("csrc/cpu/lstm_recurrence.cpp", "cpu", _CPU_RECURRENCE + _THREADS),
+    Source("csrc/cuda/lstm_recurrence_block.cuh", "emulator", _BLOCK),
+    Source("csrc/cuda/lstm_recurrence_block_fwd.cuh", "emulator", _BLOCK),
+    Source("csrc/cuda/lstm_recurrence_block_fwd.cu", "emulator", _BLOCK),
+    Source("csrc/cuda/lstm_recurrence_block_bwd.cuh", "emulator", _BLOCK),
+    Source("csrc/cuda/lstm_recurrence_block_bwd.cu", "emulator", _BLOCK),
+    Source("python/fuseblock/launch/block_recurrence.py", "python", _BLOCK),
     Source("csrc/cuda/batch_norm_act.cuh", "emulator", _NORM_CUDA),
     Source("csrc/cuda/batch_norm_act.cu", "emulator", _NORM_CUDA),
     Source("csrc/math/scalar.h", "emulator", _NORM_CUDA + _EMULATOR),
