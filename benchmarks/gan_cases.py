@@ -20,6 +20,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gan_models import (
+    Residual,
+    SnganDown,
+    Weights,
+    conv,
+    critic,
+    dcgan_g,
+    eight_layers,
+    norms,
+    r3gan,
+    seq,
+    up,
+)
+
 MODES = ("forward", "train", "penalty", "double")
 
 
@@ -108,124 +122,6 @@ class GanCase:
         return 100 * self.batch * math.prod(self.shape)
 
 
-def conv(
-    cin: int,
-    cout: int,
-    k: int,
-    s: int = 1,
-    *,
-    norm: bool | str = True,
-    act: nn.Module | None = None,
-    groups: int = 1,
-) -> list[nn.Module]:
-    """Convolution, norm, activation (LeakyReLU(0.2) by default)."""
-    first = nn.Conv2d(cin, cout, k, s, (k - 1) // 2, bias=not norm, groups=groups)
-    return [first, *_norm(norm, cout), nn.LeakyReLU(0.2) if act is None else act]
-
-
-def up(cin: int, cout: int, *, norm: bool = True, act: nn.Module | None = None) -> list[nn.Module]:
-    """Transposed convolution k4 s2 p1, norm, activation (ReLU by default)."""
-    first = nn.ConvTranspose2d(cin, cout, 4, 2, 1, bias=not norm)
-    return [first, *_norm(norm, cout), nn.ReLU() if act is None else act]
-
-
-def _norm(norm: bool | str, channels: int) -> list[nn.Module]:
-    if norm == "instance":
-        return [nn.InstanceNorm2d(channels)]
-    return [nn.BatchNorm2d(channels)] if norm else []
-
-
-def seq(*parts: list[nn.Module]) -> nn.Module:
-    """The modules of all parts, one after the other."""
-    return nn.Sequential(*(module for part in parts for module in part))
-
-
-class Residual(nn.Module):
-    """x + body(x)."""
-
-    def __init__(self, *body: nn.Module) -> None:
-        super().__init__()
-        self.body = nn.Sequential(*body)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The sum."""
-        return x + self.body(x)
-
-
-class SnganDown(nn.Module):
-    """SNGAN's discriminator block: ReLU, conv, ReLU, conv, pool, with a 1x1 shortcut."""
-
-    def __init__(self, cin: int, cout: int) -> None:
-        super().__init__()
-        self.act1, self.conv1 = nn.ReLU(), nn.Conv2d(cin, cin, 3, 1, 1)
-        self.act2, self.conv2 = nn.ReLU(), nn.Conv2d(cin, cout, 3, 1, 1)
-        self.shortcut = nn.Conv2d(cin, cout, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The block."""
-        h = self.conv2(self.act2(self.conv1(self.act1(x))))
-        return nn.functional.avg_pool2d(h + self.shortcut(x), 2)
-
-
-def _eight_layers() -> nn.Module:
-    return seq(
-        conv(3, 64, 3, norm=False),
-        conv(64, 64, 4, 2, norm=False),
-        conv(64, 128, 3, norm=False),
-        conv(128, 128, 4, 2, norm=False),
-        conv(128, 256, 3, norm=False),
-        conv(256, 256, 4, 2, norm=False),
-        conv(256, 512, 3, norm=False),
-        [nn.Conv2d(512, 1, 4)],
-    )
-
-
-class Weights(nn.Module):
-    """The weights of a network's convolutions, as its forward would get them, and nothing done with them but a sum each."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The sums (and those of the biases, so that every parameter counts), times x."""
-        convolutions = [module for module in self.network.modules() if isinstance(module, nn.Conv2d)]
-        return torch.stack([module.weight.sum() + module.bias.sum() for module in convolutions]) * x
-
-
-def _dcgan_g(width: int) -> list[nn.Module]:
-    return [
-        nn.ConvTranspose2d(100, 8 * width, 4, bias=False),
-        nn.BatchNorm2d(8 * width),
-        nn.ReLU(),
-        *up(8 * width, 4 * width),
-        *up(4 * width, 2 * width),
-        *up(2 * width, width),
-        *up(width, 3, norm=False, act=nn.Tanh()),
-    ]
-
-
-def _critic(width: int, norm: bool | str) -> list[nn.Module]:
-    return [
-        *conv(3, width, 4, 2, norm=False),
-        *conv(width, 2 * width, 4, 2, norm=norm),
-        *conv(2 * width, 4 * width, 4, 2, norm=norm),
-        *conv(4 * width, 8 * width, 4, 2, norm=norm),
-        nn.Conv2d(8 * width, 1, 4),
-    ]
-
-
-def _r3gan(channels: int, groups: int) -> list[nn.Module]:
-    wide = 2 * channels
-    return [
-        Residual(
-            *conv(channels, wide, 1, norm=False),
-            *conv(wide, wide, 3, norm=False, groups=groups),
-            nn.Conv2d(wide, channels, 1),
-        )
-    ]
-
-
 ALL = ("forward", "train", "penalty")
 SINGLE = ("forward", "train", "double")
 CASES: tuple[GanCase, ...] = (
@@ -233,7 +129,7 @@ CASES: tuple[GanCase, ...] = (
     GanCase(
         "bn-lrelu",
         "any block",
-        lambda: seq(_norm(True, 96), [nn.LeakyReLU(0.2)]),
+        lambda: seq(norms(True, 96), [nn.LeakyReLU(0.2)]),
         (96, 64, 64),
         16,
         64,
@@ -243,7 +139,7 @@ CASES: tuple[GanCase, ...] = (
     GanCase(
         "bn-lrelu-small",
         "any block, small",
-        lambda: seq(_norm(True, 64), [nn.LeakyReLU(0.2)]),
+        lambda: seq(norms(True, 64), [nn.LeakyReLU(0.2)]),
         (64, 8, 8),
         16,
         64,
@@ -254,7 +150,7 @@ CASES: tuple[GanCase, ...] = (
     GanCase(
         "bn-silu",
         "any block",
-        lambda: seq(_norm(True, 50), [nn.SiLU()]),
+        lambda: seq(norms(True, 50), [nn.SiLU()]),
         (50, 33, 31),
         16,
         64,
@@ -330,8 +226,8 @@ CASES: tuple[GanCase, ...] = (
         16,
         128,
     ),
-    GanCase("dcgan64-g", "DCGAN-64, generator", lambda: seq(_dcgan_g(64)), (100, 1, 1), 16, 128),
-    GanCase("dcgan64-d", "DCGAN-64, discriminator", lambda: seq(_critic(64, True)), (3, 64, 64), 16, 128),
+    GanCase("dcgan64-g", "DCGAN-64, generator", lambda: seq(dcgan_g(64)), (100, 1, 1), 16, 128),
+    GanCase("dcgan64-d", "DCGAN-64, discriminator", lambda: seq(critic(64, True)), (3, 64, 64), 16, 128),
     GanCase("dcgan128-g4", "DCGAN-128, wide layer of G", lambda: seq(up(64, 64)), (64, 64, 64), 4, 64),
     # WGAN-GP.
     GanCase(
@@ -347,17 +243,17 @@ CASES: tuple[GanCase, ...] = (
     GanCase(
         "wgan-gp-bn",
         "critic with batch norm",
-        lambda: seq(_critic(32, True)),
+        lambda: seq(critic(32, True)),
         (3, 64, 64),
         16,
         64,
         ALL,
     ),
-    GanCase("wgan-gp", "critic without norm", lambda: seq(_critic(32, False)), (3, 64, 64), 16, 64, ALL),
+    GanCase("wgan-gp", "critic without norm", lambda: seq(critic(32, False)), (3, 64, 64), 16, 64, ALL),
     GanCase(
         "r1-free",
         "critic without norm, lazy R1",
-        lambda: seq(_critic(32, False)),
+        lambda: seq(critic(32, False)),
         (3, 64, 64),
         16,
         64,
@@ -418,7 +314,7 @@ CASES: tuple[GanCase, ...] = (
     GanCase(
         "r3gan",
         "R3GAN, grouped block with R1 and R2",
-        lambda: seq(_r3gan(96, 12)),
+        lambda: seq(r3gan(96, 12)),
         (96, 16, 16),
         8,
         32,
@@ -489,7 +385,7 @@ CASES: tuple[GanCase, ...] = (
     GanCase(
         "spectral-8",
         "spectral norm of an 8-layer D, by itself",
-        lambda: Weights(_eight_layers()),
+        lambda: Weights(eight_layers()),
         (1,),
         1,
         1,
@@ -501,7 +397,7 @@ CASES: tuple[GanCase, ...] = (
     GanCase(
         "spectral-8-network",
         "an 8-layer D with spectral norm",
-        _eight_layers,
+        eight_layers,
         (3, 32, 32),
         1,
         64,
