@@ -127,8 +127,7 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmBloc
       saved_gates.move(1);
       saved_c.move(1);
     }
-    __syncwarp();
-    arriving.put(gates, me);
+    arriving.put(gates, me);  // where this very lane has just taken its pieces from
     // h_now is whole. The next step writes over h_before, which nobody reads any more.
     __syncthreads();
   }
