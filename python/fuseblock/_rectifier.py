@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _ext
+from ._activations import number
 from ._library import plain_eager, wants_gradient
-from .ops.bias_act import first_order, is_channels_last, keep_mask
+from .ops.bias_act import dense, first_order, is_channels_last, keep_mask
 
 _aten = torch.ops.aten
 _OVER = torch.ops.fuseblock_cpu.leaky_relu_.default if _ext.has("fuseblock_cpu", "leaky_relu_") else None
+_OVER_BACKWARD = torch.ops.fuseblock_cpu.bias_act_bwd.default if _OVER is not None else None
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 #: Elements from which on a mask is worth its operator.
@@ -47,9 +49,12 @@ def rectify(x: Tensor, negative_slope: float | None, inplace: bool = False) -> T
     return _rectified(x, negative_slope, inplace)
 
 
-def rectify_over(x: Tensor, negative_slope: float | None) -> Tensor:
-    """`rectify`, written over x where that is faster; x must be read by nobody else, and be no view."""
-    if negative_slope is None or not wants_gradient((x,)):
+def rectify_over(x: Tensor, negative_slope: float | None, is_kept: bool) -> Tensor:
+    """`rectify`, written over x where that is faster; x must be read by nobody else, and be no view.
+
+    ``is_kept``: whoever reads the result next keeps it for backward, so that keeping it costs nothing.
+    """
+    if negative_slope is None or is_kept or not wants_gradient((x,)):
         return rectify(x, negative_slope, inplace=True)
     if (
         _OVER is not None
@@ -132,4 +137,11 @@ class _LeakyReLUOver(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
-        return first_order(ctx, dy)[0], None
+        if dy is None or torch.is_grad_enabled():
+            return first_order(ctx, dy)[0], None
+        # The same without what looks for a backend: it is the one of the forward.
+        assert _OVER_BACKWARD is not None
+        activation, *options = ctx.constants
+        mask = ctx.saved_tensors[3]
+        dy = dense(dy, ctx.channels_last)
+        return _OVER_BACKWARD(dy, None, None, None, mask, number(activation), *options, False)[0], None

@@ -157,6 +157,18 @@ def test_large_leaky_relus_behind_convolutions_save_bits() -> None:
     assert sizes == sorted([x.numel() * 4, model[0].weight.numel() * 4, y.numel() // 8])
 
 
+def test_what_the_next_convolution_keeps_is_kept_once() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.LeakyReLU(0.2), nn.Conv2d(16, 2, 3))
+    kept: list[Tensor] = []
+    fuseblock.fuse(model, verbose=False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(torch.randn(2, 3, 64, 64))
+    big = [t for t in kept if t.numel() == 2 * 16 * 62 * 62]
+    assert len(big) == 2
+    assert big[0].data_ptr() == big[1].data_ptr()
+    assert not any(t.dtype == torch.uint8 for t in kept)
+
+
 def test_compiled_whole() -> None:
     model, fused, x = pair()
     compiled = torch.compile(fused, backend="eager", fullgraph=True)

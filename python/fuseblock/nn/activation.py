@@ -40,15 +40,18 @@ class LeakyReLU(torch.nn.LeakyReLU):
         return super().forward(input)
 
 
-def activate_over(act: torch.nn.Module, x: Tensor) -> Tensor:
-    """``act(x)`` for an x that nobody else reads; a rectifier of this package is written over it where that is faster."""
+def activate_over(act: torch.nn.Module, x: Tensor, is_kept: bool = False) -> Tensor:
+    """``act(x)`` for an x that nobody else reads; a rectifier of this package is written over it where that is faster.
+
+    ``is_kept``: whoever reads the result next keeps it for backward.
+    """
     # A forced backend runs the activation itself, or says why it cannot.
     plain = x.is_cpu and not is_compiling() and dispatch.forced() == "auto"
     if plain and not x._is_view() and not unusual(act):
         if type(act) is ReLU and can_rectify(x, 0):
-            return rectify_over(x, None)
+            return rectify_over(x, None, is_kept)
         if type(act) is LeakyReLU and not act.inplace and can_rectify(x, act.negative_slope):
-            return rectify_over(x, act.negative_slope)
+            return rectify_over(x, act.negative_slope, is_kept)
     activated: Tensor = act(x)
     return activated
 

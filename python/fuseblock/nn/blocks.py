@@ -229,7 +229,7 @@ class _PlainActivation(torch.nn.Module):
 
 def _behind(conv: torch.nn.Module, norm: torch.nn.Module, x: Tensor) -> Tensor:
     if type(norm) is _PlainActivation and norm.act is not None and not unusual(norm):
-        return over_convolution(conv, norm.act, x)
+        return over_convolution(conv, norm.act, x, is_kept=True)  # by the second convolution
     y: Tensor = norm(conv(x))
     return y
 

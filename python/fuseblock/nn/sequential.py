@@ -37,7 +37,8 @@ class Sequential(torch.nn.Sequential):
             if type(module) in _NORMS and joins(module, follower):
                 input = module.activated(input, follower)  # type: ignore[union-attr, operator]
             elif type(module) in _CONVOLUTIONS and type(follower) in (ReLU, LeakyReLU):
-                input = over_convolution(module, follower, input)  # type: ignore[arg-type]
+                is_kept = type(modules[1]) in _CONVOLUTIONS if len(modules) > 1 else False
+                input = over_convolution(module, follower, input, is_kept)  # type: ignore[arg-type]
             else:
                 input = module(input)  # type: ignore[misc]
                 continue
@@ -57,10 +58,15 @@ def joins(norm: torch.nn.Module | None, act: torch.nn.Module | None) -> bool:
     )
 
 
-def over_convolution(conv: torch.nn.Module, act: torch.nn.Module, input: Tensor) -> Tensor:
-    """``act(conv(input))``; a rectifier is written over the convolution's output if no hook has seen that."""
+def over_convolution(
+    conv: torch.nn.Module, act: torch.nn.Module, input: Tensor, is_kept: bool = False
+) -> Tensor:
+    """``act(conv(input))``; a rectifier is written over the convolution's output if no hook has seen that.
+
+    ``is_kept``: whoever reads the result next keeps it for backward.
+    """
     z: Tensor = conv(input)
     if shows_output(conv):
         activated: Tensor = act(z)
         return activated
-    return activate_over(act, z)
+    return activate_over(act, z, is_kept)
