@@ -201,3 +201,28 @@ def test_mistakes_in_a_stack(mistake: str) -> None:
     }
     with pytest.raises(ValueError, match="lstm: expected"):
         calls[mistake]()
+
+
+@pytest.mark.parametrize("engine", ["auto", "aten"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_forward_mode_over_a_recorded_layer(engine: str, create_graph: bool) -> None:
+    """The forward has run on kernels, before anybody knew of tangents."""
+    torch.manual_seed(0)
+    layer = fuseblock.nn.LSTM(3, 4, num_layers=2).double()
+    stock = torch.nn.LSTM(3, 4, num_layers=2).double()
+    stock.load_state_dict(layer.state_dict())
+    x, dy, tangent = new(5, 2, 3), new(5, 2, 4), new(5, 2, 4)
+    found = []
+    for module, run in ((stock, "auto"), (layer, engine)):
+        leaf = x.clone().requires_grad_()
+        with fuseblock.backend(run):
+            y = module(leaf)[0]
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(dy, tangent)
+            found.append(
+                torch.autograd.grad(y, [leaf, *module.parameters()], dual, create_graph=create_graph)
+            )
+            found[-1] = [forward_ad.unpack_dual(g) for g in found[-1]]
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got.primal, want.primal, **CLOSE)
+        torch.testing.assert_close(got.tangent, want.tangent, **CLOSE)

@@ -16,14 +16,12 @@ from torch import Tensor
 
 from . import _ext, dispatch
 from ._activations import number
-from ._library import backward_is_seen, plain_eager, state_dtype, wants_gradient
+from ._library import KERNEL_DTYPES, backward_is_seen, plain_eager, state_dtype, wants_gradient
 from .launch.batch_norm_act import dense, dense_like, is_masked, needs_residual
 from .ops import batch_norm_act_bwd
 
 #: The kernels' dtypes and those of their statistics.
-_STATE_OF = {
-    dtype: state_dtype(dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-}
+_STATE_OF = {dtype: state_dtype(dtype) for dtype in KERNEL_DTYPES}
 _PRESENT = _ext.has("fuseblock_cpu", "batch_norm_act")
 _FORWARD = torch.ops.fuseblock_cpu.batch_norm_act.default if _PRESENT else None
 _BACKWARD = torch.ops.fuseblock_cpu.batch_norm_act_bwd.default if _PRESENT else None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _ext, dispatch
-from ._library import state_dtype
+from ._library import KERNEL_DTYPES, state_dtype
 from ._recompute import LayerWeights
 
 #: None when the op is there, else the reason why it is not.
@@ -26,7 +26,6 @@ why_absent = (
     else _ext.why_not or "the compiled library has no CPU kernels"
 )
 
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 #: Weights of a layer up to which its rows are not worth sharing out. The op splits rows only, where there are few of them
 #: GEMMs over all steps use more threads.
@@ -69,7 +68,7 @@ def _why_not_input(input: Tensor, lengths: Tensor | None, batch_sizes: Tensor | 
         return why_absent
     if input.device.type != "cpu":
         return f"tensors are on {input.device}"
-    if input.dtype not in _DTYPES:
+    if input.dtype not in KERNEL_DTYPES:
         return f"dtype {input.dtype} is not one of float64, float32, float16, bfloat16"
     if lengths is not None:
         return "the batch is not packed: no row ends early, or one is empty"

@@ -25,6 +25,9 @@ NAMESPACE = "fuseblock"
 _LIB = torch.library.Library(NAMESPACE, "DEF")
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
+#: What kernels take, on every backend.
+KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 Formula = Callable[..., Any]
 
 

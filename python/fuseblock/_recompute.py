@@ -39,13 +39,15 @@ def recorded_gradients(
         grads: gradients of output, h_n and c_n; None where there is none.
     """
     # Views: the gradient is taken with respect to what this run reads, not to where it came from.
-    leaves = [None if x is None else x.view_as(x) for x in tensors]
-    outputs = run(leaves[0], leaves[1], leaves[2], layer_weights(leaves[3:]))  # type: ignore[arg-type]
+    recorded = torch.is_grad_enabled()  # else forward mode asks, and nobody for this gradient's own graph
+    with torch.enable_grad():
+        leaves = [None if x is None else x.view_as(x) for x in tensors]
+        outputs = run(leaves[0], leaves[1], leaves[2], layer_weights(leaves[3:]))  # type: ignore[arg-type]
     used = [(out, g) for out, g in zip(outputs, grads, strict=True) if g is not None]
     wanted = [x for x, need in zip(leaves, needed, strict=True) if need and x is not None]
     found = iter(
         torch.autograd.grad(
-            [out for out, _ in used], wanted, [g for _, g in used], create_graph=True, allow_unused=True
+            [out for out, _ in used], wanted, [g for _, g in used], create_graph=recorded, allow_unused=True
         )
     )
     return [next(found) if need and x is not None else None for x, need in zip(leaves, needed, strict=True)]

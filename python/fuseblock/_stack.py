@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import dispatch
 from ._fused_layer import fused_layers, per_layer, present
-from ._library import state_dtype
+from ._library import backward_is_seen, state_dtype
 from ._ragged import Packing
 from ._recompute import PER_LAYER, LayerWeights, Run, layer_weights, recorded_gradients
 from .ops._recurrent_weight_grad import (
@@ -112,7 +112,7 @@ class _Stack(torch.autograd.Function):
         # The forward pass ran without autocast, or it would not have come here.
         device = tensors[0].device.type
         with dispatch.backend(ctx.forced), torch.autocast(device, enabled=False):
-            if torch.is_grad_enabled():
+            if backward_is_seen():
                 found = recorded_gradients(ctx.ours, tensors, needed, grads)
             else:
                 # `is_grads_batched`: PyTorch loops over an op by itself, but not over one that returns a list.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import fuseblock
 from fuseblock.nn.activation import activate_over
@@ -139,3 +140,25 @@ def test_negative_slopes_transforms_and_forced_backends() -> None:
         y = activate_over(fuseblock.nn.LeakyReLU(0.2), image * 1)
         assert y.grad_fn.name() != "_LeakyReLUOverBackward"
     torch.testing.assert_close(y, nn.functional.leaky_relu(image, 0.2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [20, 40_000])
+def test_forward_mode_over_a_recorded_graph_is_right_or_refused(kind: str, size: int) -> None:
+    found = []
+    for act in _pair(kind, over=True):
+        x = torch.linspace(-1, 2, 2 * size, dtype=torch.float64).view(2, size).requires_grad_()
+        y = act(x * 2)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(torch.ones_like(y), torch.full_like(y, 0.5))
+            try:
+                (g,) = torch.autograd.grad(y, x, dual)
+            except NotImplementedError as refusal:
+                found.append(refusal)
+                continue
+            found.append(forward_ad.unpack_dual(g).tangent)
+    want, got = found
+    if isinstance(got, NotImplementedError):
+        assert (kind, size) == ("leaky_relu", 40_000)  # kept as bits: the operator says what to use
+    else:
+        torch.testing.assert_close(got, want)

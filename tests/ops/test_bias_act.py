@@ -390,7 +390,7 @@ def test_functional_arguments() -> None:
 def _every_size() -> Iterator[None]:
     """Small tensors run on the operator, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional._bias_act, "_SMALL", 0)
+        patch.setattr(functional._bias_act, "FEW_ELEMENTS", 0)
         yield
 
 

@@ -10,14 +10,12 @@ from torch import Tensor
 from .. import dispatch, ops
 from .._activations import NAMES, activate, number
 from .._library import plain_eager, wants_gradient
-from .._rectifier import rectify
+from .._rectifier import FEW_ELEMENTS, rectify
 from ..ops.bias_act import differentiable as differentiable_bias_act
 from ..reference.bias_act import bias_act_reference, per_channel
 
 __all__ = ["bias_act"]
 
-#: Elements from which on the operator wins on a CPU, measured with leaky_relu and a gain in float32.
-_SMALL = 32768
 _PLAIN_DTYPES = (torch.float32, torch.float64)
 _FIXED_SLOPE = frozenset(NAMES) - {"prelu"}
 
@@ -104,7 +102,7 @@ def _is_small(x: Tensor, bias: Tensor | None) -> bool:
         and dispatch.forced() == "auto"
         and x.device.type == "cpu"
         and x.dtype in _PLAIN_DTYPES
-        and x.numel() < _SMALL
+        and x.numel() < FEW_ELEMENTS
     )
 
 

@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _ext, dispatch
-from .._library import backward_is_seen, forward_mode_active, opaque, wants_gradient
+from .._library import KERNEL_DTYPES, backward_is_seen, forward_mode_active, opaque, wants_gradient
 
 __all__ = ["spectral_norm"]
 
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _Tensors = Sequence[Tensor]
 
 
@@ -127,7 +126,7 @@ def _plain_equations(weights: _Tensors) -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_mode_active()
         or dispatch.forced() == "reference"
-        or any(w.dtype not in _DTYPES for w in weights)
+        or any(w.dtype not in KERNEL_DTYPES for w in weights)
     )
 
 

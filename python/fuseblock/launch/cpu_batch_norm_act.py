@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .._activations import number
+from .._library import KERNEL_DTYPES
 from ..dispatch import Candidate
 from .batch_norm_act import DRIVERS, Kernels, Site, dense, dense_like, is_masked
 
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _OPS = torch.ops.fuseblock_cpu
 
 
@@ -26,7 +26,7 @@ def why_not(*args: Any) -> str | None:
     x = next(a for a in args if isinstance(a, Tensor))
     if x.device.type != "cpu":
         return f"tensors are on {x.device}"
-    if x.dtype not in _DTYPES:
+    if x.dtype not in KERNEL_DTYPES:
         return f"dtype {x.dtype} is not one of float64, float32, float16, bfloat16"
     return None
 

@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._library import KERNEL_DTYPES
 from ..dispatch import Candidate
 from .batch_norm_act import DRIVERS, Site, folding
-
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def _why_not(*args: Any) -> str | None:
     x = next(a for a in args if isinstance(a, Tensor))
     if x.device.type != "cuda":
         return f"tensors are on {x.device}"
-    if x.dtype not in _DTYPES:
+    if x.dtype not in KERNEL_DTYPES:
         return f"dtype {x.dtype} is not one of float64, float32, float16, bfloat16"
     return None
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
+from .._library import KERNEL_DTYPES
 from ..dispatch import Candidate
 from . import block_recurrence, per_step
 
 _BATCH_SIZES = {"lstm_recurrence": 6, "lstm_recurrence_bwd": 11, "lstm_recurrence_bwd_bwd": 15}
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def _why_not(op: str, *args: Any) -> str | None:
     like = next(x for x in args if isinstance(x, torch.Tensor))
     if like.device.type != "cuda":
         return f"tensors are on {like.device}"
-    if like.dtype not in _DTYPES:
+    if like.dtype not in KERNEL_DTYPES:
         return f"dtype {like.dtype} is not one of float64, float32, float16, bfloat16"
     if args[_BATCH_SIZES[op]] is not None:
         return "packed rows (batch_sizes) run on the CPU only; pad them and pass lengths"

@@ -37,7 +37,7 @@ class Sequential(torch.nn.Sequential):
             if type(module) in _NORMS and joins(module, follower):
                 input = module.activated(input, follower)  # type: ignore[union-attr, operator]
             elif type(module) in _CONVOLUTIONS and type(follower) in (ReLU, LeakyReLU):
-                is_kept = type(modules[1]) in _CONVOLUTIONS if len(modules) > 1 else False
+                is_kept = len(modules) > 1 and type(modules[1]) in _CONVOLUTIONS
                 input = over_convolution(module, follower, input, is_kept)  # type: ignore[arg-type]
             else:
                 input = module(input)  # type: ignore[misc]

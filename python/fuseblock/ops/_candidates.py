@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import _ext
+from .._library import KERNEL_DTYPES
 from ..dispatch import Candidate, absent
-
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def _first(args: tuple[Any, ...]) -> Tensor:
@@ -22,7 +21,9 @@ def _first(args: tuple[Any, ...]) -> Tensor:
 
 def _why_not_dtype(x: Tensor) -> str | None:
     return (
-        None if x.dtype in _DTYPES else f"dtype {x.dtype} is not one of float64, float32, float16, bfloat16"
+        None
+        if x.dtype in KERNEL_DTYPES
+        else f"dtype {x.dtype} is not one of float64, float32, float16, bfloat16"
     )
 
 
