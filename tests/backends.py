@@ -79,10 +79,7 @@ def _emulated_cuda() -> Iterator[None]:
         step_by_step = dispatch.Candidate(
             "cuda", partial(getattr(per_step, op), kernels), lambda *args: None, variant="per step"
         )
-        blocks = cuda_lstm_recurrence.block_candidates(
-            op, kernels.block_recurrence, partial(cuda_lstm_recurrence.why_not_block, op)
-        )
-        return [*blocks, step_by_step]
+        return [*cuda_lstm_recurrence.resident_candidates(op, kernels.tiers), step_by_step]
 
     def replaced(op: str, candidates: tuple[dispatch.Candidate, ...]) -> list[dispatch.Candidate]:
         first = next(n for n, c in enumerate(candidates) if c.name == "cuda")

@@ -1,4 +1,4 @@
-// What both kernels of the block tier are made of: who owns what, views of global memory, tiles of shared memory.
+// What both kernels of the block tier are made of: who owns what, tiles of shared memory.
 //
 //   H       padded hidden size, a template constant: one of FB_LSTM_BLOCK_CLASSES
 //   tiles   batch rows of a block in units of 8, the N of mma m16n8k16: 1 or 2
@@ -7,16 +7,16 @@
 // columns, so that weights stay where they are (in registers) and small batches waste little.
 #pragma once
 
-#include <algorithm>
-#include <initializer_list>
-
 #include "cuda/lstm_gates.cuh"
 #include "cuda/lstm_recurrence_block.h"
+#include "cuda/lstm_recurrence_views.cuh"
 #include "cuda/mma.h"
 
 namespace fuseblock::lstm_block {
 
-inline constexpr int kWarpUnits = 16, kTileRows = 8, kGates = 4;
+using namespace lstm_recurrence;
+
+inline constexpr int kWarpUnits = 16;
 
 // Where a thread stands. It owns two neighbouring units and, of every tile, two neighbouring rows: the four numbers that mma
 // leaves in its accumulator, when row m of a weight tile is unit 2m (m < 8) or 2(m - 8) + 1. So
@@ -28,106 +28,6 @@ struct Thread {
   int unit = first + lane / 4 * 2;            // of its own
   int row = lane % 4 * 2;                     // of its own, in each tile
   int column = lane % 4 * 2;                  // of its own in each operand of mma, and two more 8 further on
-};
-
-// A view of the block's part of a tensor in global memory, one time step of it. Outside of the tensor, loads give zeros and
-// stores do nothing. kAligned: H % 8 == 0 and rows start at multiples of 16 bytes, so that whole pieces are in or out.
-template <class T, bool kAligned>
-struct Window {
-  using Element = std::remove_const_t<T>;
-
-  T* data;               // the block's first row, the direction's first column
-  int64_t step_stride;   // negative where time runs backwards
-  uint32_t row_stride;   // offsets within a step fit into 32 bits, see `fits`: registers are what there is least of
-  int rows, hidden;
-
-  FB_HD void move(int64_t steps) { data += steps * step_stride; }
-
-  template <int N>
-  FB_HD Vec<Element, N> load(int row, int unit, int gate = 0) const {
-    Vec<Element, N> x = zeros<Element, N>();
-    const T* p = at(row, unit, gate);
-    if constexpr (kAligned) {
-      if (row < rows && unit < hidden) x = *reinterpret_cast<const Vec<Element, N>*>(p);
-    } else {
-#pragma unroll
-      for (int n = 0; n < N; ++n) {
-        if (row < rows && unit + n < hidden) x.element[n] = p[n];
-      }
-    }
-    return x;
-  }
-
-  template <int N>
-  FB_HD void store(int row, int unit, const Vec<T, N>& x, int gate = 0) const {
-    T* p = at(row, unit, gate);
-    if constexpr (kAligned) {
-      if (row < rows && unit < hidden) *reinterpret_cast<Vec<T, N>*>(p) = x;
-    } else {
-#pragma unroll
-      for (int n = 0; n < N; ++n) {
-        if (row < rows && unit + n < hidden) p[n] = x.element[n];
-      }
-    }
-  }
-
- private:
-  FB_HD T* at(int row, int unit, int gate) const {
-    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-    const uint32_t elements = row * row_stride + static_cast<uint32_t>(gate * hidden + unit);
-    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(data) + elements * static_cast<uint32_t>(sizeof(T)));
-  }
-};
-
-// The rows and the direction that this block works on, and its views of tensors. blockIdx.x: rows, blockIdx.y: direction.
-// Steps are counted in the order in which the forward pass takes them: those of the second direction from the end of time.
-template <bool kAligned>
-struct Block {
-  const LstmBlockShape& shape;
-  int direction, rows, steps, hidden;
-  int64_t first_row;
-
-  __device__ Block(const LstmBlockShape& shape, int block_rows) : shape(shape) {
-    direction = static_cast<int>(blockIdx.y);
-    steps = static_cast<int>(shape.steps);
-    hidden = static_cast<int>(shape.hidden);
-    first_row = static_cast<int64_t>(blockIdx.x) * block_rows;
-    rows = static_cast<int>(shape.batch - first_row < block_rows ? shape.batch - first_row : block_rows);
-  }
-
-  __device__ int time(int step) const { return direction == 0 ? step : steps - 1 - step; }
-
-  // Time steps in which a row is active: t < length. Rows beyond the batch never are.
-  __device__ int length(int row) const {
-    if (row >= rows) return 0;
-    return shape.lengths == nullptr ? steps : static_cast<int>(shape.lengths[first_row + row]);
-  }
-
-  // (time, batch, directions * gates * hidden), its first step to begin with. Of an absent tensor: not to be used.
-  template <class T>
-  __device__ Window<T, kAligned> sequence(T* data, int gates, int64_t step_stride, int64_t row_stride) const {
-    data += first_row * row_stride + static_cast<int64_t>(direction) * gates * hidden + time(0) * step_stride;
-    return {data, direction == 0 ? step_stride : -step_stride, static_cast<uint32_t>(row_stride), rows, hidden};
-  }
-  template <class T>
-  __device__ Window<T, kAligned> sequence(T* data, int gates) const {
-    const int64_t columns = shape.directions * gates * hidden;
-    return sequence(data, gates, shape.batch * columns, columns);
-  }
-
-  // (directions, batch, hidden)
-  template <class T>
-  __device__ Window<T, kAligned> state(T* data) const {
-    return {data + (direction * shape.batch + first_row) * hidden, 0, static_cast<uint32_t>(hidden), rows, hidden};
-  }
-
-  // w_hh of one gate: a row per unit. Padded by the caller, so always aligned.
-  template <class T>
-  __device__ Window<const T, true> weights(const T* data, int gate) const {
-    const int columns = (hidden + 7) / 8 * 8;
-    data += static_cast<int64_t>(direction * kGates + gate) * hidden * columns;
-    return {data, 0, static_cast<uint32_t>(columns), hidden, columns};
-  }
 };
 
 // `rows` rows of `columns` elements in shared memory. A row is 16 bytes longer than its content (a multiple of 64 bytes), so
@@ -261,22 +161,11 @@ FB_HD void put_own_gates(SharedRows<T, kRows, kGates * H>& into, int row, int un
   into.template at<2>(row, 3 * H + unit) = x.o;
 }
 
-// Whether 16-byte pieces of the tensors are aligned, where H allows it (H % 8 == 0). Absent tensors do not object.
-inline bool are_aligned(std::initializer_list<const void*> tensors) {
-  return std::all_of(tensors.begin(), tensors.end(), [](const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; });
-}
-inline bool is_aligned(const Sequence& x) {
-  return are_aligned({x.data}) && (x.data == nullptr || (x.step_stride % 8 == 0 && x.row_stride % 8 == 0));
-}
-
-// Whether the rows of a block lie within 32-bit offsets.
-inline bool fits(const Sequence& x) { return x.row_stride >= 0 && x.row_stride < INT32_MAX / (4 * kTileRows); }
-
 // Calls launch.operator()<T, H, tiles, aligned>(grid) for the kernel that fits; cudaSuccess where there is nothing to do.
 // Two tiles of rows share the weights of a block, but not its time: they pay where there are not enough multiprocessors for
 // one each. `one_tile`: never two.
 template <class Launch>
-cudaError_t dispatch(const LstmBlockShape& shape, int dtype, const void* w_hh, bool aligned, bool one_tile, Launch launch) {
+cudaError_t dispatch(const LstmShape& shape, int dtype, const void* w_hh, bool aligned, bool one_tile, Launch launch) {
   const bool valid = shape.steps > 0 && shape.steps <= INT32_MAX && shape.batch >= 0 && shape.hidden >= 0 &&
                      shape.hidden <= kLstmBlockLargestHidden && (shape.directions == 1 || shape.directions == 2);
   if (!valid || !are_aligned({w_hh}) || (dtype != kFloat16 && dtype != kBFloat16)) return cudaErrorInvalidValue;

@@ -3,7 +3,7 @@
 
 namespace fuseblock::lstm_block {
 
-cudaError_t run(const LstmBlockBwd& op, int dtype, void* stream) {
+cudaError_t run(const LstmBwd& op, int dtype, void* stream) {
   if (!fits(op.dy)) return cudaErrorInvalidValue;
   const bool aligned = op.shape.hidden % 8 == 0 && is_aligned(op.dy) &&
                        are_aligned({op.dh_n, op.dc_n, op.d_gates, op.d_c, op.gates, op.c, op.c0, op.dgx, op.dh0, op.dc0});
@@ -22,6 +22,6 @@ cudaError_t run(const LstmBlockBwd& op, int dtype, void* stream) {
 
 }  // namespace fuseblock::lstm_block
 
-int launch_lstm_block_bwd(const fuseblock::LstmBlockBwd* op, int dtype, void* stream) {
+int launch_lstm_block_bwd(const fuseblock::LstmBwd* op, int dtype, void* stream) {
   return fuseblock::lstm_block::run(*op, dtype, stream);
 }

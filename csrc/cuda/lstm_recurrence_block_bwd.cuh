@@ -11,12 +11,12 @@ namespace fuseblock::lstm_block {
 
 // Tiles (16 units by 16 gate rows k) of the transposed weights, as the left operand of mma has them: a thread reads its two
 // units of four rows k, and pairs what belongs to the same unit.
-template <class T, int H, class Block>
+template <class T, int H, class Slice>
 __device__ __forceinline__ void load_transposed_weights(uint32_t (&tiles)[kGates][H / 16][4], const T* w_hh,
-                                                        const Block& block, const Thread& me) {
+                                                        const Slice& slice, const Thread& me) {
 #pragma unroll
   for (int gate = 0; gate < kGates; ++gate) {
-    const auto w = block.weights(w_hh, gate);
+    const auto w = slice.weights(w_hh, gate);
 #pragma unroll
     for (int k = 0; k < H / 16; ++k) {
 #pragma unroll
@@ -31,7 +31,7 @@ __device__ __forceinline__ void load_transposed_weights(uint32_t (&tiles)[kGates
 }
 
 template <class T, int H, int kTiles, bool kAligned>
-__global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBlockBwd op) {
+__global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBwd op) {
   constexpr int kRows = kTiles * kTileRows;
   constexpr bool kEarly = H <= 64;  // whether c is asked for a turn ahead; else the product, longer there, hides the wait
   constexpr bool kExtras = kTiles == 1;  // d_gates and d_c may be there
@@ -41,14 +41,14 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBloc
   FB_SHARED(Hidden, dy_now, );
 
   const Thread me;
-  const Block<kAligned> block(op.shape, kRows);
-  const int last = block.steps - 1;
-  auto saved_gates = block.sequence(static_cast<const T*>(op.gates), kGates);
-  auto saved_c = block.sequence(op.c, 1);
-  auto dy = block.sequence(static_cast<const T*>(op.dy.data), 1, op.dy.step_stride, op.dy.row_stride);
-  auto d_gates = block.sequence(static_cast<const T*>(op.d_gates), kGates);
-  auto d_c = block.sequence(op.d_c, 1);
-  auto dgx = block.sequence(static_cast<T*>(op.dgx), kGates);
+  const Slice<kAligned> slice(op.shape, blockIdx.y, static_cast<int64_t>(blockIdx.x) * kRows, kRows);
+  const int last = slice.steps - 1;
+  auto saved_gates = slice.sequence(static_cast<const T*>(op.gates), kGates);
+  auto saved_c = slice.sequence(op.c, 1);
+  auto dy = slice.sequence(static_cast<const T*>(op.dy.data), 1, op.dy.step_stride, op.dy.row_stride);
+  auto d_gates = slice.sequence(static_cast<const T*>(op.d_gates), kGates);
+  auto d_c = slice.sequence(op.d_c, 1);
+  auto dgx = slice.sequence(static_cast<T*>(op.dgx), kGates);
   saved_gates.move(last);
   saved_c.move(last);
   dy.move(last);
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBloc
   const bool has_dy = op.dy.data != nullptr;
 
   uint32_t weights[kGates][H / 16][4];
-  load_transposed_weights<T, H>(weights, static_cast<const T*>(op.w_hh), block, me);
+  load_transposed_weights<T, H>(weights, static_cast<const T*>(op.w_hh), slice, me);
 
   const auto load_c = [&](Vec<float, 2>(&c)[kTiles][2], const auto& from) {
 #pragma unroll
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBloc
   };
   // c as the step before `step` left it.
   const auto load_c_before = [&](Vec<float, 2>(&c)[kTiles][2], int step) {
-    if (step == 0) return load_c(c, block.state(op.c0));
+    if (step == 0) return load_c(c, slice.state(op.c0));
     saved_c.move(-1);
     load_c(c, saved_c);
   };
@@ -91,11 +91,11 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBloc
 #pragma unroll
   for (int n = 0; n < 2 * kTiles; ++n) {
     const int tile = n / 2, r = n % 2, row = tile * kTileRows + me.row + r;
-    length[tile][r] = block.length(row);
+    length[tile][r] = slice.length(row);
     Vec<T, 2> dh_n = zeros<T, 2>();
     Vec<float, 2> dc_n = zeros<float, 2>();
-    if (op.dh_n != nullptr) dh_n = block.state(static_cast<const T*>(op.dh_n)).template load<2>(row, me.unit);
-    if (op.dc_n != nullptr) dc_n = block.state(op.dc_n).template load<2>(row, me.unit);
+    if (op.dh_n != nullptr) dh_n = slice.state(static_cast<const T*>(op.dh_n)).template load<2>(row, me.unit);
+    if (op.dc_n != nullptr) dc_n = slice.state(op.dc_n).template load<2>(row, me.unit);
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
       dh[tile][r][u] = dh_n[u];
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBloc
   __syncwarp();
 
   for (int step = last; step >= 0; --step) {
-    const int t = block.time(step);
+    const int t = slice.time(step);
     Gates4& dgates = gates[step % 2];
     // Asked for now, needed in the next turn.
     if (step > 0) {
@@ -198,8 +198,8 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBloc
     __syncwarp();
   }
 
-  const auto dh0 = block.state(static_cast<T*>(op.dh0));
-  const auto dc0 = block.state(op.dc0);
+  const auto dh0 = slice.state(static_cast<T*>(op.dh0));
+  const auto dc0 = slice.state(op.dc0);
 #pragma unroll
   for (int n = 0; n < 2 * kTiles; ++n) {
     const int tile = n / 2, r = n % 2, row = tile * kTileRows + me.row + r;

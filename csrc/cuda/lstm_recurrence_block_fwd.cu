@@ -3,7 +3,7 @@
 
 namespace fuseblock::lstm_block {
 
-cudaError_t run(const LstmBlockFwd& op, int dtype, void* stream) {
+cudaError_t run(const LstmFwd& op, int dtype, void* stream) {
   if (!fits(op.gx)) return cudaErrorInvalidValue;
   const bool aligned = op.shape.hidden % 8 == 0 && is_aligned(op.gx) &&
                        are_aligned({op.h0, op.c0, op.y, op.h_n, op.c_n, op.gates, op.c});
@@ -15,6 +15,6 @@ cudaError_t run(const LstmBlockFwd& op, int dtype, void* stream) {
 
 }  // namespace fuseblock::lstm_block
 
-int launch_lstm_block_fwd(const fuseblock::LstmBlockFwd* op, int dtype, void* stream) {
+int launch_lstm_block_fwd(const fuseblock::LstmFwd* op, int dtype, void* stream) {
   return fuseblock::lstm_block::run(*op, dtype, stream);
 }

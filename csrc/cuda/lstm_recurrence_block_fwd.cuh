@@ -6,12 +6,12 @@
 namespace fuseblock::lstm_block {
 
 // Tiles (16 units by 16 columns k) of each gate's weights, as the left operand of mma has them.
-template <class T, int H, class Block>
-__device__ __forceinline__ void load_weights(uint32_t (&tiles)[kGates][H / 16][4], const T* w_hh, const Block& block,
+template <class T, int H, class Slice>
+__device__ __forceinline__ void load_weights(uint32_t (&tiles)[kGates][H / 16][4], const T* w_hh, const Slice& slice,
                                              const Thread& me) {
 #pragma unroll
   for (int gate = 0; gate < kGates; ++gate) {
-    const auto w = block.weights(w_hh, gate);
+    const auto w = slice.weights(w_hh, gate);
     __syncwarp();  // one gate after the other, or addresses take the registers of weights
 #pragma unroll
     for (int k = 0; k < H / 16; ++k) {
@@ -24,7 +24,7 @@ __device__ __forceinline__ void load_weights(uint32_t (&tiles)[kGates][H / 16][4
 }
 
 template <class T, int H, int kTiles, bool kAligned>
-__global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmBlockFwd op) {
+__global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmFwd op) {
   constexpr int kRows = kTiles * kTileRows, kWidth = kVectorWidth<T>;
   using Hidden = SharedRows<T, kRows, H>;
   using Gates4 = SharedRows<T, kRows, kGates * H>;
@@ -34,40 +34,40 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmBloc
   FB_SHARED(Cells, cells, );  // c on its way out
 
   const Thread me;
-  const Block<kAligned> block(op.shape, kRows);
-  auto gx = block.sequence(static_cast<const T*>(op.gx.data), kGates, op.gx.step_stride, op.gx.row_stride);
-  auto y = block.sequence(static_cast<T*>(op.y), 1);
-  auto saved_gates = block.sequence(static_cast<T*>(op.gates), kGates);
-  auto saved_c = block.sequence(op.c, 1);
+  const Slice<kAligned> slice(op.shape, blockIdx.y, static_cast<int64_t>(blockIdx.x) * kRows, kRows);
+  auto gx = slice.sequence(static_cast<const T*>(op.gx.data), kGates, op.gx.step_stride, op.gx.row_stride);
+  auto y = slice.sequence(static_cast<T*>(op.y), 1);
+  auto saved_gates = slice.sequence(static_cast<T*>(op.gates), kGates);
+  auto saved_c = slice.sequence(op.c, 1);
   const bool saves = op.gates != nullptr;
 
   // Before the first step: the weights, for good; h0, c0 and the first gx.
   uint32_t weights[kGates][H / 16][4];
-  load_weights<T, H>(weights, static_cast<const T*>(op.w_hh), block, me);
+  load_weights<T, H>(weights, static_cast<const T*>(op.w_hh), slice, me);
 
   UnitPieces<T, kTiles> h0;
-  h0.load(block.state(static_cast<const T*>(op.h0)), me);
+  h0.load(slice.state(static_cast<const T*>(op.h0)), me);
   h0.put(h[0], me);
   GatePieces<T, H, kTiles> arriving;
   arriving.load(gx, me);
   arriving.put(gates, me);
 
-  const auto c0 = block.state(op.c0);
+  const auto c0 = slice.state(op.c0);
   Vec<float, 2> c[kTiles][2];
   int length[kTiles][2];
 #pragma unroll
   for (int n = 0; n < 2 * kTiles; ++n) {
     const int row = n / 2 * kTileRows + me.row + n % 2;
     c[n / 2][n % 2] = c0.template load<2>(row, me.unit);
-    length[n / 2][n % 2] = block.length(row);
+    length[n / 2][n % 2] = slice.length(row);
   }
   __syncthreads();
 
-  for (int step = 0; step < block.steps; ++step) {
-    const int t = block.time(step);
+  for (int step = 0; step < slice.steps; ++step) {
+    const int t = slice.time(step);
     Hidden &h_before = h[step % 2], &h_now = h[(step + 1) % 2];
     // Asked for now, needed at the end of the step.
-    if (step + 1 < block.steps) {
+    if (step + 1 < slice.steps) {
       gx.move(1);
       arriving.load(gx, me);
     }
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmBloc
     // What the lanes of a warp have put together leaves in pieces of 16 bytes.
     __syncwarp();
     UnitPieces<T, kTiles>::each(me, [&](int, int row, int unit) {
-      y.store(row, unit, t < block.length(row) ? h_now.template at<kWidth>(row, unit) : zeros<T, kWidth>());
+      y.store(row, unit, t < slice.length(row) ? h_now.template at<kWidth>(row, unit) : zeros<T, kWidth>());
     });
     y.move(1);
     if (saves) {
@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmBloc
     __syncthreads();
   }
 
-  UnitPieces<T, kTiles>::store(h[block.steps % 2], block.state(static_cast<T*>(op.h_n)), me);
-  const auto c_n = block.state(op.c_n);
+  UnitPieces<T, kTiles>::store(h[slice.steps % 2], slice.state(static_cast<T*>(op.h_n)), me);
+  const auto c_n = slice.state(op.c_n);
 #pragma unroll
   for (int n = 0; n < 2 * kTiles; ++n) {
     c_n.store(n / 2 * kTileRows + me.row + n % 2, me.unit, c[n / 2][n % 2]);

@@ -18,14 +18,16 @@ from types import ModuleType
 
 import pytest
 
+from fuseblock.launch import resident_recurrence
+
 from .batch_norm_act import EmulatedBatchNormAct
 from .bias_act import EmulatedBiasAct
 from .build import ROOT, Unavailable, build
 from .lstm_gates import EmulatedCuda
-from .lstm_recurrence_block import EmulatedBlockRecurrence
+from .lstm_recurrence import EmulatedRecurrence
 from .upfirdn2d import EmulatedUpfirdn2d
 
-__all__ = ["EmulatedBlockRecurrence", "EmulatedCuda", "load", "load_block_recurrence"]
+__all__ = ["EmulatedCuda", "EmulatedRecurrence", "load", "load_recurrence"]
 
 _HERE = ROOT / "tests" / "emulator"
 
@@ -49,25 +51,25 @@ def load(variant: str | None = None) -> EmulatedCuda:
         gates, norm, bias_act, images = pool.map(lambda item: _module(*item, variant), families.items())
     kernels = EmulatedCuda(gates, EmulatedBatchNormAct(norm), EmulatedBiasAct(bias_act))
     kernels.upfirdn2d = EmulatedUpfirdn2d(images).upfirdn2d
-    kernels.block_recurrence = load_block_recurrence(variant)
+    kernels.tiers = {tier: load_recurrence(tier, variant) for tier in resident_recurrence.TIERS}
     return kernels
 
 
 @functools.cache
-def load_block_recurrence(variant: str | None = None) -> EmulatedBlockRecurrence:
-    """The kernels of the recurrence's block tier alone; otherwise like `load`."""
+def load_recurrence(tier: str, variant: str | None = None) -> EmulatedRecurrence:
+    """The kernels of one tier of the recurrence alone, e.g. ``block``; otherwise like `load`."""
     variant = variant or os.environ.get("FUSEBLOCK_EMULATOR_VARIANT", "plain")
-    op = "lstm_recurrence_block"
-    return EmulatedBlockRecurrence(_module(op, f"binding_{op}.cpp", variant))
+    name = f"lstm_recurrence_{tier}"
+    return EmulatedRecurrence(_module(name, "binding_lstm_recurrence.cpp", variant, (f"FB_TIER={tier}",)))
 
 
-def _module(op: str, binding: str, variant: str) -> ModuleType:
+def _module(op: str, binding: str, variant: str, defines: tuple[str, ...] = ()) -> ModuleType:
     """The launchers of csrc/cuda/<op>*.cu as a Python module of their own: one emulator each."""
     kernels = ROOT / "csrc" / "cuda"
     # A copy of the project that holds mutants chooses among them in a file of its own.
     sources = [_HERE / binding, *sorted(kernels.glob(f"{op}*.cu")), *kernels.glob("mutants.cu")]
     try:
-        path = build(f"emulated_{op}", sources, module=True, variant=variant)
+        path = build(f"emulated_{op}", sources, module=True, variant=variant, defines=defines)
     except Unavailable as reason:
         pytest.skip(f"the CUDA emulator cannot be built: {reason}")
     return _import(f"emulated_{op}", path)

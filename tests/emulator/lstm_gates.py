@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .batch_norm_act import EmulatedBatchNormAct
 from .bias_act import EmulatedBiasAct
-from .lstm_recurrence_block import EmulatedBlockRecurrence
+from .lstm_recurrence import EmulatedRecurrence
 
 
 class EmulatedCuda:
@@ -29,7 +29,7 @@ class EmulatedCuda:
     """
 
     upfirdn2d: Callable[..., Tensor]  # set by load()
-    block_recurrence: EmulatedBlockRecurrence  # so is this
+    tiers: dict[str, EmulatedRecurrence]  # so is this, by the names of `resident_recurrence.TIERS`
 
     def __init__(self, module: ModuleType, norm: EmulatedBatchNormAct, bias_act: EmulatedBiasAct) -> None:
         self._module, self.norm, self.bias_act_kernels = module, norm, bias_act

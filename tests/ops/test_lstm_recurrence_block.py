@@ -13,14 +13,16 @@ from torch import Tensor
 
 import fuseblock
 from fuseblock import dispatch
-from fuseblock.launch import block_recurrence
+from fuseblock.launch import resident_recurrence
+from fuseblock.launch.gpu import H200
 
 from ..backends import available
-from ..emulator import load_block_recurrence
+from ..emulator import load_recurrence
 from ..emulator.build import ROOT
 from .lstm_cases import LstmCase, check_backward, check_forward
 
 DTYPES = [torch.float16, torch.bfloat16]
+BLOCK = resident_recurrence.TIERS["block"]
 BATCHES, HIDDENS, STEPS = (1, 3, 8, 17), (24, 40, 100, 128), (1, 2, 33)
 
 
@@ -28,13 +30,13 @@ class BlockOps:
     """The first-order operators of the recurrence, run by the emulated block tier alone."""
 
     def __init__(self) -> None:
-        self.kernels = load_block_recurrence()
+        self.kernels = load_recurrence("block")
 
     def lstm_recurrence(self, *args: Any) -> tuple[Tensor, ...]:
-        return block_recurrence.lstm_recurrence(self.kernels, *args)
+        return resident_recurrence.lstm_recurrence(BLOCK, self.kernels, *args)
 
     def lstm_recurrence_bwd(self, *args: Any) -> tuple[Tensor, ...]:
-        return block_recurrence.lstm_recurrence_bwd(self.kernels, *args)
+        return resident_recurrence.lstm_recurrence_bwd(BLOCK, self.kernels, *args)
 
 
 @pytest.fixture
@@ -211,7 +213,7 @@ def test_sizes_are_those_of_the_header(block: BlockOps) -> None:
     header = (ROOT / "csrc" / "cuda" / "lstm_recurrence_block.h").read_text()
     classes = [int(x) for x in re.findall(r"X\((\d+)\)", header)]
     assert classes == sorted(classes)
-    assert classes[-1] == block.kernels.largest_hidden == block_recurrence.LARGEST_HIDDEN
+    assert classes[-1] == BLOCK.largest_hidden(torch.float16, H200)
     gx, h0, c0, w_hh, _, _ = case(1, 1, classes[-1] + 1, 1, False).inputs(torch.float16)
     with pytest.raises(ValueError, match="cudaError 1"):
         block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
@@ -249,6 +251,6 @@ def test_chosen_before_per_step_but_not_for_second_derivatives() -> None:
 
 
 def test_packed_rows_are_declined() -> None:
-    reason = block_recurrence.why_not(torch.float16, 8, None, torch.tensor([2, 1]))
+    reason = BLOCK.why_not(torch.zeros(32, 8, dtype=torch.float16), None, torch.tensor([2, 1]))
     assert reason is not None
     assert "packed" in reason

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 
 from .._library import KERNEL_DTYPES
 from ..dispatch import Candidate
-from . import block_recurrence, per_step
+from . import per_step, resident_recurrence
 
 _BATCH_SIZES = {"lstm_recurrence": 6, "lstm_recurrence_bwd": 11, "lstm_recurrence_bwd_bwd": 15}
 
@@ -27,17 +27,13 @@ def _why_not(op: str, *args: Any) -> str | None:
     return None
 
 
-def why_not_block(op: str, *args: Any) -> str | None:
-    """The reason why the block tier cannot run ``op`` on these arguments, whatever device they are on, or None."""
-    # Both ops with a block tier have ..., w_hh, w_hr, lengths, batch_sizes.
+def _why_not_resident(op: str, tier: resident_recurrence.Tier, on_device: bool, *args: Any) -> str | None:
+    # Both ops with resident weights have ..., w_hh, w_hr, lengths, batch_sizes.
     last = _BATCH_SIZES[op]
     w_hh, w_hr, _, batch_sizes = args[last - 3 : last + 1]
-    return block_recurrence.why_not(w_hh.dtype, w_hh.shape[1] // 4, w_hr, batch_sizes)
-
-
-def _why_not_block_here(op: str, *args: Any) -> str | None:
-    like = next(x for x in args if isinstance(x, torch.Tensor))
-    return why_not_block(op, *args) if like.device.type == "cuda" else f"tensors are on {like.device}"
+    if on_device and w_hh.device.type != "cuda":
+        return f"tensors are on {w_hh.device}"
+    return tier.why_not(w_hh, w_hr, batch_sizes, resident_recurrence.gpu_of(w_hh))
 
 
 def candidates(op: str) -> tuple[Candidate, ...]:
@@ -50,18 +46,33 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     )
     run = partial(getattr(per_step, op), steps)
     step_by_step = Candidate("cuda", run, partial(_why_not, op), devices=("cuda",), variant="per step")
-    if not hasattr(raw, "lstm_block_fwd"):
-        return (step_by_step,)  # a library from before the block tier
-    blocks = SimpleNamespace(block_fwd=raw.lstm_block_fwd.default, block_bwd=raw.lstm_block_bwd.default)
-    return (*block_candidates(op, blocks, partial(_why_not_block_here, op)), step_by_step)
+    tiers = {
+        tier: SimpleNamespace(
+            fwd=getattr(raw, f"lstm_{tier}_fwd").default, bwd=getattr(raw, f"lstm_{tier}_bwd").default
+        )
+        for tier in resident_recurrence.TIERS
+        if hasattr(raw, f"lstm_{tier}_fwd")  # else the library is from before that tier
+    }
+    return (*resident_candidates(op, tiers, on_device=True), step_by_step)
 
 
-def block_candidates(
-    op: str, kernels: block_recurrence.BlockKernels, why_not: Callable[..., str | None]
+def resident_candidates(
+    op: str, kernels: Mapping[str, resident_recurrence.ResidentKernels], *, on_device: bool = False
 ) -> tuple[Candidate, ...]:
-    """The block tier, for the orders of derivative that it has (see `block_recurrence`)."""
-    if not hasattr(block_recurrence, op):
-        reason = "the block tier has first derivatives only: a second-order sweep needs w_hh and its transpose at once"
-        return (Candidate("cuda", None, lambda *args: reason, devices=("cuda",), variant="block"),)
-    run = partial(getattr(block_recurrence, op), kernels)
-    return (Candidate("cuda", run, why_not, devices=("cuda",), variant="block"),)
+    """The tiers with resident weights, for the orders of derivative that they have, in order of preference.
+
+    Args:
+        op: a member of the family lstm_recurrence.
+        kernels: by the names of `resident_recurrence.TIERS`.
+        on_device: decline CPU tensors, which only emulated kernels take.
+    """
+    if not hasattr(resident_recurrence, op):
+        reason = "first derivatives only: a second-order sweep needs w_hh and its transpose at once"
+        return tuple(Candidate("cuda", None, lambda *args: reason, ("cuda",), tier) for tier in kernels)
+    found = []
+    for name, namespace in kernels.items():
+        tier = resident_recurrence.TIERS[name]
+        run = partial(getattr(resident_recurrence, op), tier, namespace)
+        why_not = partial(_why_not_resident, op, tier, on_device)
+        found.append(Candidate("cuda", run, why_not, devices=("cuda",), variant=name))
+    return tuple(found)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import dispatch
 from .._library import DifferentiableOp, no_third_order, state_dtype
+from ..launch import resident_recurrence
 from ..reference import lstm_recurrence as reference
 from . import _candidates
 from ._recurrence_vmap import fold_into_batch
@@ -38,9 +39,9 @@ for _op, _reference in (
     dispatch.register(
         _op,
         _candidates.compiled("cpu", _op),
-        *(c for c in _cuda if c.variant == "block"),
+        *(c for c in _cuda if c.variant in resident_recurrence.TIERS),
         *(c for c in _triton if c.variant == "persistent"),
-        *(c for c in _cuda if c.variant != "block"),
+        *(c for c in _cuda if c.variant not in resident_recurrence.TIERS),
         *(c for c in _triton if c.variant != "persistent"),
         _candidates.reference(_reference),
     )

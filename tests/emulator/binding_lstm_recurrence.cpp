@@ -1,7 +1,10 @@
-// The CUDA launchers of the recurrence's block tier as Python functions on CPU tensors.
+// The CUDA launchers of one tier of the recurrence as Python functions on CPU tensors. FB_TIER: which, e.g. block.
 #include <pybind11/pybind11.h>
 
-#include "cuda/lstm_recurrence_block.h"
+#define FB_STRING(x) #x
+#define FB_HEADER(tier) FB_STRING(cuda/lstm_recurrence_##tier.h)
+#define FB_TIER_HEADER(tier) FB_HEADER(tier)
+#include FB_TIER_HEADER(FB_TIER)
 #include "cuda_emulator.h"
 
 namespace py = pybind11;
@@ -10,6 +13,11 @@ using namespace fuseblock;
 namespace {
 
 using H = py::handle;
+
+#define FB_LAUNCHER_OF(tier, pass) launch_lstm_##tier##_##pass
+#define FB_LAUNCHER(tier, pass) FB_LAUNCHER_OF(tier, pass)
+#define FB_MODULE_OF(tier) emulated_lstm_recurrence_##tier
+#define FB_MODULE(tier) FB_MODULE_OF(tier)
 
 template <class T>
 T* address(H x) {
@@ -23,9 +31,9 @@ Sequence sequence(H x) {
   return {address<void>(x), stride(0), stride(1)};
 }
 
-LstmBlockShape shape(H gates, H c0, H lengths, int multiprocessors) {
+LstmShape shape(H gates, H c0, H lengths, int multiprocessors, int passes) {
   const auto size = [](H x, int d) { return x.attr("shape").attr("__getitem__")(d).cast<int64_t>(); };
-  return {size(gates, 0), size(c0, 1), size(c0, 2), size(c0, 0), address<int64_t>(lengths), multiprocessors};
+  return {size(gates, 0), size(c0, 1), size(c0, 2), size(c0, 0), address<int64_t>(lengths), multiprocessors, passes};
 }
 
 template <class Op>
@@ -38,19 +46,22 @@ void launch(int (*launcher)(const Op*, int, void*), const Op& op, int dtype) {
   if (error != 0) throw py::value_error("the launcher returned cudaError " + std::to_string(error));
 }
 
-void fwd(H gx, H h0, H c0, H w_hh, H lengths, H y, H h_n, H c_n, H gates, H c, int multiprocessors, int dtype) {
-  launch(launch_lstm_block_fwd,
-         {shape(gx, c0, lengths, multiprocessors), sequence(gx), address<void>(h0), address<void>(w_hh), address<float>(c0),
-          address<void>(y), address<void>(h_n), address<float>(c_n), address<void>(gates), address<float>(c)},
+void fwd(H gx, H h0, H c0, H w_hh, H lengths, H y, H h_n, H c_n, H gates, H c, H workspace, int passes,
+         int multiprocessors, int dtype) {
+  launch(FB_LAUNCHER(FB_TIER, fwd),
+         {shape(gx, c0, lengths, multiprocessors, passes), sequence(gx), address<void>(h0), address<void>(w_hh), address<float>(c0),
+          address<void>(y), address<void>(h_n), address<float>(c_n), address<void>(gates), address<float>(c),
+          address<void>(workspace)},
          dtype);
 }
 
 void bwd(H dy, H dh_n, H dc_n, H d_gates, H d_c, H gates, H c, H c0, H w_hh, H lengths, H dgx, H dh0, H dc0,
-         int multiprocessors, int dtype) {
-  launch(launch_lstm_block_bwd,
-         {shape(gates, c0, lengths, multiprocessors), sequence(dy), address<void>(dh_n), address<float>(dc_n),
+         H workspace, int passes, int multiprocessors, int dtype) {
+  launch(FB_LAUNCHER(FB_TIER, bwd),
+         {shape(gates, c0, lengths, multiprocessors, passes), sequence(dy), address<void>(dh_n), address<float>(dc_n),
           address<void>(d_gates), address<float>(d_c), address<void>(gates), address<float>(c), address<float>(c0),
-          address<void>(w_hh), address<void>(dgx), address<void>(dh0), address<float>(dc0)},
+          address<void>(w_hh), address<void>(dgx), address<void>(dh0), address<float>(dc0),
+          address<void>(workspace)},
          dtype);
 }
 
@@ -62,11 +73,10 @@ py::tuple last_launch() {
 
 }  // namespace
 
-PYBIND11_MODULE(emulated_lstm_recurrence_block, m) {
+PYBIND11_MODULE(FB_MODULE(FB_TIER), m) {
   m.def("fwd", &fwd);
   m.def("bwd", &bwd);
   m.def("last_launch", &last_launch);
   m.def("set_seed", &cuda_emulator::set_seed);
   m.def("set_workers", &cuda_emulator::set_workers);
-  m.attr("largest_hidden") = kLstmBlockLargestHidden;
 }

@@ -1,4 +1,4 @@
-"""The block tier of the recurrence on the emulated launchers, as `fuseblock.launch.block_recurrence` wants it."""
+"""The recurrence with resident weights on the emulated launchers, as `fuseblock.launch.resident_recurrence` wants it."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ import torch
 _DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
-class EmulatedBlockRecurrence:
-    """`BlockKernels` on CPU tensors.
+class EmulatedRecurrence:
+    """`ResidentKernels` of one tier on CPU tensors.
 
     Attributes:
         multiprocessors: of the GPU that is emulated; fewer than 8-row tiles make the kernels take 16 rows a block.
         last_launch: () -> (blocks over rows, directions, threads of a block).
         set_seed: (int) order in which the threads of a block take turns, 0: ascending.
-        largest_hidden: as the C interface has it.
     """
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
         self.multiprocessors = 132
         self.last_launch, self.set_seed = module.last_launch, module.set_seed
-        self.largest_hidden = module.largest_hidden
 
-    def block_fwd(self, gx: Any, *args: Any) -> None:
+    def fwd(self, gx: Any, *args: Any) -> None:
         self._module.fwd(gx, *args, self.multiprocessors, _DTYPES.index(gx.dtype))
 
-    def block_bwd(self, *args: Any) -> None:
+    def bwd(self, *args: Any) -> None:
         self._module.bwd(*args, self.multiprocessors, _DTYPES.index(args[5].dtype))

@@ -1,0 +1,164 @@
+// CUDA operators of the recurrence with resident weights, a pair for each tier: out-variants, called by
+// python/fuseblock/launch/resident_recurrence.py.
+#if defined(WITH_CUDA)
+
+#include "cuda/lstm_recurrence_block.h"
+#include "torch/cuda_tensors.h"
+
+namespace fuseblock::torch_cuda {
+namespace {
+
+using Sizes = std::initializer_list<int64_t>;
+
+// One call: the sizes that its tensors must have, and the launch on the device of its gates.
+class Call {
+ public:
+  Call(const char* op, const Tensor& gates, const Tensor& c0, const MaybeTensor& lengths, int64_t passes)
+      : op_(op), device_(gates), dtype_(gates.scalar_type()), index_(gates.get_device_index()) {
+    STD_TORCH_CHECK(gates.dim() == 3 && c0.dim() == 3, "fuseblock::", op, ": expected gates and c0 of 3 dimensions");
+    shape.steps = gates.size(0);
+    shape.batch = c0.size(1);
+    shape.hidden = c0.size(2);
+    shape.directions = c0.size(0);
+    shape.passes = static_cast<int>(passes);
+    number_ = dtype_number(gates, op);
+    if (lengths.has_value()) {
+      check(*lengths, "lengths", ScalarType::Long, {shape.batch});
+      shape.lengths = static_cast<const int64_t*>(lengths->data_ptr());
+    }
+    check_launch(cudaDeviceGetAttribute(&shape.multiprocessors, cudaDevAttrMultiProcessorCount, index_), op);
+  }
+
+  // T (steps, batch, directions * gates * hidden), any strides of the first two dimensions.
+  Sequence strided(const MaybeTensor& x, const char* name, int64_t gates) const {
+    if (!x.has_value()) return {nullptr, 0, 0};
+    check(*x, name, dtype_, {shape.steps, shape.batch, shape.directions * gates * shape.hidden}, false);
+    STD_TORCH_CHECK(x->size(2) <= 1 || x->stride(2) == 1, "fuseblock::", op_, ": ", name, " needs contiguous columns");
+    return {x->data_ptr(), x->stride(0), x->stride(1)};
+  }
+  // The same, contiguous.
+  void* gates(const MaybeTensor& x, const char* name) const { return sequence(x, name, dtype_, 4); }
+  void* cells(const MaybeTensor& x, const char* name) const { return sequence(x, name, dtype_, 1); }
+  float* states(const MaybeTensor& x, const char* name) const {
+    return static_cast<float*>(sequence(x, name, ScalarType::Float, 1));
+  }
+  // (directions, batch, hidden): of T, of float32.
+  void* hidden(const MaybeTensor& x, const char* name) const { return state(x, name, dtype_); }
+  float* cell(const MaybeTensor& x, const char* name) const {
+    return static_cast<float*>(state(x, name, ScalarType::Float));
+  }
+  void* weights(const Tensor& x) const {
+    check(x, "w_hh", dtype_, {shape.directions, 4 * shape.hidden, (shape.hidden + 7) / 8 * 8});
+    return x.data_ptr();
+  }
+
+  // Bytes at a multiple of 16.
+  void* workspace(const MaybeTensor& x) const {
+    if (!x.has_value()) return nullptr;
+    check(*x, "workspace", ScalarType::Byte, {x->dim() == 1 ? x->size(0) : 0});
+    return x->data_ptr();
+  }
+
+  template <class Op>
+  void launch(int (*launcher)(const Op*, int, void*), const Op& op) const {
+    check_launch(launcher(&op, number_, device_.stream()), op_);
+  }
+
+  LstmShape shape{};
+
+ private:
+  void check(const Tensor& x, const char* name, ScalarType dtype, Sizes sizes, bool contiguous = true) const {
+    bool fits = x.is_cuda() && x.get_device_index() == index_ && x.scalar_type() == dtype &&
+                x.dim() == static_cast<int64_t>(sizes.size()) && (!contiguous || x.is_contiguous());
+    for (int64_t d = 0; fits && d < x.dim(); ++d) fits = x.size(d) == sizes.begin()[d];
+    STD_TORCH_CHECK(fits, "fuseblock::", op_, ": ", name, " has the wrong device, dtype, sizes or strides");
+  }
+  void* sequence(const MaybeTensor& x, const char* name, ScalarType dtype, int64_t gates) const {
+    if (!x.has_value()) return nullptr;
+    check(*x, name, dtype, {shape.steps, shape.batch, shape.directions * gates * shape.hidden});
+    return x->data_ptr();
+  }
+  void* state(const MaybeTensor& x, const char* name, ScalarType dtype) const {
+    if (!x.has_value()) return nullptr;
+    check(*x, name, dtype, {shape.directions, shape.batch, shape.hidden});
+    return x->data_ptr();
+  }
+
+  const char* op_;
+  OnDeviceOf device_;
+  ScalarType dtype_;
+  int32_t index_;
+  DType number_;
+};
+
+template <int (*kLauncher)(const LstmFwd*, int, void*)>
+void fwd(const Tensor& gx, const Tensor& h0, const Tensor& c0, const Tensor& w_hh, const MaybeTensor& lengths, const Tensor& y,
+         const Tensor& h_n, const Tensor& c_n, const MaybeTensor& gates, const MaybeTensor& c, const MaybeTensor& workspace,
+         int64_t passes) {
+  const Call call("lstm_recurrence", gx, c0, lengths, passes);
+  STD_TORCH_CHECK(gates.has_value() == c.has_value(), "fuseblock::lstm_recurrence: expected both of gates and c, or neither");
+  const LstmFwd op{.shape = call.shape,
+                   .gx = call.strided(gx, "gx", 4),
+                   .h0 = call.hidden(h0, "h0"),
+                   .w_hh = call.weights(w_hh),
+                   .c0 = call.cell(c0, "c0"),
+                   .y = call.cells(y, "y"),
+                   .h_n = call.hidden(h_n, "h_n"),
+                   .c_n = call.cell(c_n, "c_n"),
+                   .gates = call.gates(gates, "gates"),
+                   .c = call.states(c, "c"),
+                   .workspace = call.workspace(workspace)};
+  call.launch(kLauncher, op);
+}
+
+template <int (*kLauncher)(const LstmBwd*, int, void*)>
+void bwd(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const MaybeTensor& d_gates,
+         const MaybeTensor& d_c, const Tensor& gates, const Tensor& c, const Tensor& c0, const Tensor& w_hh,
+         const MaybeTensor& lengths, const Tensor& dgx, const Tensor& dh0, const Tensor& dc0, const MaybeTensor& workspace,
+         int64_t passes) {
+  const Call call("lstm_recurrence_bwd", gates, c0, lengths, passes);
+  const LstmBwd op{.shape = call.shape,
+                   .dy = call.strided(dy, "dy", 1),
+                   .dh_n = call.hidden(dh_n, "dh_n"),
+                   .dc_n = call.cell(dc_n, "dc_n"),
+                   .d_gates = call.gates(d_gates, "d_gates"),
+                   .d_c = call.states(d_c, "d_c"),
+                   .gates = call.gates(gates, "gates"),
+                   .c = call.states(c, "c"),
+                   .c0 = call.cell(c0, "c0"),
+                   .w_hh = call.weights(w_hh),
+                   .dgx = call.gates(dgx, "dgx"),
+                   .dh0 = call.hidden(dh0, "dh0"),
+                   .dc0 = call.cell(dc0, "dc0"),
+                   .workspace = call.workspace(workspace)};
+  call.launch(kLauncher, op);
+}
+
+// One pair of operators for every tier.
+#define FB_LSTM_TIERS(X) X(block)
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fuseblock_cuda, m) {
+#define FB_DEFINE(tier)                                                                                              \
+  m.def("lstm_" #tier                                                                                                \
+        "_fwd(Tensor gx, Tensor h0, Tensor c0, Tensor w_hh, Tensor? lengths, Tensor(a!) y, Tensor(b!) h_n,"          \
+        " Tensor(c!) c_n, Tensor(d!)? gates, Tensor(e!)? c, Tensor(f!)? workspace, int passes) -> ()");              \
+  m.def("lstm_" #tier                                                                                                \
+        "_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? d_gates, Tensor? d_c, Tensor gates, Tensor c,"         \
+        " Tensor c0, Tensor w_hh, Tensor? lengths, Tensor(a!) dgx, Tensor(b!) dh0, Tensor(c!) dc0,"                  \
+        " Tensor(d!)? workspace, int passes) -> ()");
+  FB_LSTM_TIERS(FB_DEFINE)
+#undef FB_DEFINE
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fuseblock_cuda, CUDA, m) {
+#define FB_IMPLEMENT(tier)                                                \
+  m.impl("lstm_" #tier "_fwd", TORCH_BOX(&fwd<launch_lstm_##tier##_fwd>)); \
+  m.impl("lstm_" #tier "_bwd", TORCH_BOX(&bwd<launch_lstm_##tier##_bwd>));
+  FB_LSTM_TIERS(FB_IMPLEMENT)
+#undef FB_IMPLEMENT
+}
+
+}  // namespace
+}  // namespace fuseblock::torch_cuda
+
+#endif
