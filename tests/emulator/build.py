@@ -1,11 +1,13 @@
 """Builds programs and Python modules from the CUDA sources with g++ and the emulator's runtime.
 
-What is built lies under build/emulator in a folder named by a hash of everything that went into it, so nothing is ever
-stale and nothing is built twice.
+What is built lies under build/emulator in a folder named by a hash of every file that may have gone into it. Objects are
+named by what the preprocessor made of their source, so an edited header costs only what includes it. Nothing is ever
+stale, nothing is compiled twice, and what nobody has used for a day is deleted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -13,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RUNTIME = Path(__file__).resolve().parent / "runtime"
 CACHE = ROOT / "build" / "emulator"
+OBJECTS = CACHE / "objects"
+KEPT_SECONDS = 24 * 3600.0
 
 #: Compiler flags of a variant, and the definition that tells the (uninstrumented) runtime about it.
 VARIANTS = {
@@ -82,22 +87,30 @@ def build(
         kernel += ["-fvisibility=hidden", f"-isystem{pybind11.get_include()}", f"-isystem{python}"]
     runtime = [*common, "-O2", *runtime_flags]
 
-    headers = [*(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "csrc" / "math").iterdir(), *RUNTIME.iterdir()]
-    folder = CACHE / f"{name}-{variant}-{_digest([*kernel, *runtime], sorted([*headers, *sources]))}"
+    rooms = {ROOT / "csrc" / "cuda", ROOT / "csrc" / "math", RUNTIME, *(source.parent for source in sources)}
+
+    def current() -> Path:
+        files = sorted(file for room in rooms for file in room.glob("*.[hc]*"))
+        return CACHE / f"{name}-{variant}-{_digest([*kernel, *runtime, *map(str, sources)], files)}"
+
+    folder = current()
     suffix = sysconfig.get_config_var("EXT_SUFFIX") if module else ""
     target = folder / f"{name}{suffix}"
-    folder.mkdir(parents=True, exist_ok=True)
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    os.utime(folder)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():
             return target
-        commands, objects = [], []
-        for command, files in ((kernel, sources), (runtime, sorted(RUNTIME.glob("*.cpp")))):
-            for file in files:
-                objects.append(str(folder / f"{file.name}.o"))
-                commands.append([*command, "-x", "c++", "-c", str(file), "-o", objects[-1]])
+        _prune()
+        commands = [(kernel, file) for file in sources]
+        commands += [(runtime, file) for file in sorted(RUNTIME.glob("*.cpp"))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, commands))
+            texts = list(pool.map(lambda pair: _run([*pair[0], "-x", "c++", "-E", str(pair[1])]), commands))
+            if current() != folder:  # edited since its name was made
+                return build(name, sources, module=module, variant=variant, defines=defines)
+            objects = list(pool.map(lambda pair, text: _compile(pair[0], text), commands, texts))
         sanitize = [flag for flag in kernel_flags if flag.startswith("-fsanitize")]
         link = [
             gxx,
@@ -114,7 +127,29 @@ def build(
     return target
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _compile(command: list[str], text: str) -> str:
+    """The object of a preprocessed source. Whoever compiles the same at the same time puts the same in its place."""
+    target = OBJECTS / f"{hashlib.sha256(chr(0).join([*command, text]).encode()).hexdigest()[:16]}.o"
+    if target.exists():
+        os.utime(target)
+    else:
+        new = target.with_suffix(f".{os.getpid()}")
+        _run([*command, "-x", "c++-cpp-output", "-c", "-", "-o", str(new)], text)
+        os.replace(new, target)
+    return str(target)
+
+
+def _prune() -> None:
+    """Delete what was last used, or is left of a compiler that was stopped, more than a day ago."""
+    for path in [*CACHE.glob("*-*"), *OBJECTS.iterdir()]:
+        with contextlib.suppress(FileNotFoundError):  # somebody else was faster
+            if path.stat().st_mtime < time.time() - KEPT_SECONDS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _run(command: list[str], text: str | None = None) -> str:
+    """What the compiler wrote to its standard output."""
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout
