@@ -1,6 +1,7 @@
 """Every CUDA source compiles for every architecture without spilling, and the vectorised kernels move 16 bytes at a time.
 
-Needs nvcc, no GPU. What is compiled is kept under build/compile_cuda, named by a hash of everything that went into it.
+Needs no GPU. The machine code is that of the objects under build/native, from which the library was linked. What has no
+current object is compiled here, which needs nvcc, and kept under build/compile_cuda, named by a hash of what went into it.
 """
 
 from __future__ import annotations
@@ -45,6 +46,17 @@ def cuobjdump() -> str:
     return found
 
 
+def built(source: Path) -> Path | None:
+    """The object that the build made of a source, unless something that it was made of has changed since."""
+    made = ROOT / "build" / "native" / f"{source.relative_to(ROOT)}.o"
+    depfile = Path(f"{made}.d")
+    if not (made.exists() and depfile.exists()):
+        return None
+    inputs = map(Path, depfile.read_text().replace("\\\n", " ").split(":", 1)[1].split())
+    time = made.stat().st_mtime_ns
+    return made if all(file.exists() and file.stat().st_mtime_ns <= time for file in inputs) else None
+
+
 def compile_cubin(source: Path, architecture: str) -> Path:
     """The machine code of one source; a spill is an error."""
     command = [
@@ -65,6 +77,8 @@ def compile_cubin(source: Path, architecture: str) -> Path:
     target = CACHE / f"{source.stem}-sm_{architecture}-{digest.hexdigest()[:16]}.cubin"
     if not target.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
+        for old in CACHE.glob(f"{source.stem}-sm_{architecture}-*.cubin"):
+            old.unlink()
         new = target.with_suffix(f".{os.getpid()}")
         done = subprocess.run([*command, "-o", str(new)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -72,26 +86,32 @@ def compile_cubin(source: Path, architecture: str) -> Path:
     return target
 
 
-def dump(cubin: Path, what: str) -> str:
-    return subprocess.run([cuobjdump(), what, str(cubin)], capture_output=True, text=True, check=True).stdout
+def dump(source: Path, architecture: str, what: str) -> str:
+    code = built(source) or compile_cubin(source, architecture)
+    command = [cuobjdump(), "-arch", f"sm_{architecture}", what, str(code)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def sass(source: Path, architecture: str) -> list[str]:
+    """The machine code of every kernel, its name first."""
+    return re.split(r"\n\s*Function : ", dump(source, architecture, "--dump-sass"))[1:]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_compiles_without_spills(source: Path, architecture: str) -> None:
-    usage = dump(compile_cubin(source, architecture), "--dump-resource-usage")
+    usage = dump(source, architecture, "--dump-resource-usage")
     kernels = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+)", usage)
     assert kernels, usage
     for name, registers, stack in kernels:
         assert int(stack) == 0, f"{name} for sm_{architecture} has {stack} bytes of stack"
-        most = MOST_REGISTERS_RESIDENT if source.stem.startswith("lstm_recurrence_block") else MOST_REGISTERS
+        most = MOST_REGISTERS_RESIDENT if source.stem.startswith("lstm_recurrence_") else MOST_REGISTERS
         assert int(registers) <= most, f"{name} for sm_{architecture} takes {registers} registers"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_vectorised_kernels_move_16_bytes(architecture: str) -> None:
-    cubin = compile_cubin(ROOT / "csrc" / "cuda" / "lstm_gates.cu", architecture)
-    kernels = re.split(r"\n\s*Function : ", dump(cubin, "--dump-sass"))[1:]
+    kernels = sass(ROOT / "csrc" / "cuda" / "lstm_gates.cu", architecture)
     # The vector width is the first integer template argument: ...kernelI6__halffLi8E...
     widths = {code.split("\n", 1)[0]: int(re.search(r"Li(\d+)E", code)[1]) for code in kernels}
     assert set(widths.values()) == {1, 2, 4, 8}
@@ -110,8 +130,7 @@ def test_vectorised_kernels_move_16_bytes(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_normalisation_moves_vectors(architecture: str) -> None:
     """16 bytes; in the second order at most four elements, for registers. Scalars, where rows are not aligned."""
-    cubin = compile_cubin(ROOT / "csrc" / "cuda" / "batch_norm_act.cu", architecture)
-    kernels = re.split(r"\n\s*Function : ", dump(cubin, "--dump-sass"))[1:]
+    kernels = sass(ROOT / "csrc" / "cuda" / "batch_norm_act.cu", architecture)
     seen = set()
     for code in kernels:
         name = code.split("\n", 1)[0]
@@ -171,13 +190,13 @@ GRID_INSTRUCTIONS = [r"REDG?\.E\.ADD\S*\.STRONG\.GPU", r"LDG?\.E\S*\.STRONG\.GPU
     ],
 )
 def test_wrappers_are_single_instructions(source: str, architecture: str, instructions: list[str]) -> None:
-    code = dump(compile_cubin(SELF_TEST / f"{source}.cu", architecture), "--dump-sass")
+    code = dump(SELF_TEST / f"{source}.cu", architecture, "--dump-sass")
     for instruction in instructions:
         assert re.search(instruction, code), f"{instruction} is not in sm_{architecture}'s code"
 
 
 def test_kernels_of_clusters_are_empty_where_there_are_none() -> None:
-    usage = dump(compile_cubin(SELF_TEST / "cluster.cu", "80"), "--dump-resource-usage")
+    usage = dump(SELF_TEST / "cluster.cu", "80", "--dump-resource-usage")
     assert set(re.findall(r"SHARED:(\d+)", usage)) == {"0"}
 
 
@@ -212,8 +231,7 @@ def written(text: str) -> set[int]:
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 def test_weights_stay_in_registers(direction: str, architecture: str) -> None:
     """The time loop of the recurrence's block tier: mma, no reload of weights, 16-byte accesses."""
-    cubin = compile_cubin(ROOT / "csrc" / "cuda" / f"lstm_recurrence_block_{direction}.cu", architecture)
-    kernels = re.split(r"\n\s*Function : ", dump(cubin, "--dump-sass"))[1:]
+    kernels = sass(ROOT / "csrc" / "cuda" / f"lstm_recurrence_block_{direction}.cu", architecture)
     seen = set()
     for code in kernels:
         name = code.split("\n", 1)[0]
