@@ -23,6 +23,7 @@ struct LstmShape {
   int64_t steps, batch, hidden, directions;
   const int64_t* lengths;  // (batch,)
   int multiprocessors;     // of the device
+  int64_t shared_bytes;    // of shared memory that a block may have there
   int passes;              // of mma over float32 operands: 1 (they are rounded to TF32) or 3 (nearly float32). Else ignored
 };
 

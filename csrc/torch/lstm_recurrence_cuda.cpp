@@ -26,7 +26,10 @@ class Call {
       check(*lengths, "lengths", ScalarType::Long, {shape.batch});
       shape.lengths = static_cast<const int64_t*>(lengths->data_ptr());
     }
+    int shared_bytes = 0;
     check_launch(cudaDeviceGetAttribute(&shape.multiprocessors, cudaDevAttrMultiProcessorCount, index_), op);
+    check_launch(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index_), op);
+    shape.shared_bytes = shared_bytes;
   }
 
   // T (steps, batch, directions * gates * hidden), any strides of the first two dimensions.

@@ -13,6 +13,7 @@ using namespace fuseblock;
 namespace {
 
 using H = py::handle;
+using Gpu = std::pair<int, int64_t>;  // multiprocessors; bytes of shared memory that a block may have
 
 #define FB_LAUNCHER_OF(tier, pass) launch_lstm_##tier##_##pass
 #define FB_LAUNCHER(tier, pass) FB_LAUNCHER_OF(tier, pass)
@@ -31,9 +32,10 @@ Sequence sequence(H x) {
   return {address<void>(x), stride(0), stride(1)};
 }
 
-LstmShape shape(H gates, H c0, H lengths, int multiprocessors, int passes) {
+LstmShape shape(H gates, H c0, H lengths, Gpu gpu, int passes) {
   const auto size = [](H x, int d) { return x.attr("shape").attr("__getitem__")(d).cast<int64_t>(); };
-  return {size(gates, 0), size(c0, 1), size(c0, 2), size(c0, 0), address<int64_t>(lengths), multiprocessors, passes};
+  return {size(gates, 0), size(c0, 1), size(c0, 2), size(c0, 0), address<int64_t>(lengths), gpu.first, gpu.second,
+          passes};
 }
 
 template <class Op>
@@ -47,18 +49,18 @@ void launch(int (*launcher)(const Op*, int, void*), const Op& op, int dtype) {
 }
 
 void fwd(H gx, H h0, H c0, H w_hh, H lengths, H y, H h_n, H c_n, H gates, H c, H workspace, int passes,
-         int multiprocessors, int dtype) {
+         Gpu gpu, int dtype) {
   launch(FB_LAUNCHER(FB_TIER, fwd),
-         {shape(gx, c0, lengths, multiprocessors, passes), sequence(gx), address<void>(h0), address<void>(w_hh), address<float>(c0),
+         {shape(gx, c0, lengths, gpu, passes), sequence(gx), address<void>(h0), address<void>(w_hh), address<float>(c0),
           address<void>(y), address<void>(h_n), address<float>(c_n), address<void>(gates), address<float>(c),
           address<void>(workspace)},
          dtype);
 }
 
 void bwd(H dy, H dh_n, H dc_n, H d_gates, H d_c, H gates, H c, H c0, H w_hh, H lengths, H dgx, H dh0, H dc0,
-         H workspace, int passes, int multiprocessors, int dtype) {
+         H workspace, int passes, Gpu gpu, int dtype) {
   launch(FB_LAUNCHER(FB_TIER, bwd),
-         {shape(gates, c0, lengths, multiprocessors, passes), sequence(dy), address<void>(dh_n), address<float>(dc_n),
+         {shape(gates, c0, lengths, gpu, passes), sequence(dy), address<void>(dh_n), address<float>(dc_n),
           address<void>(d_gates), address<float>(d_c), address<void>(gates), address<float>(c), address<float>(c0),
           address<void>(w_hh), address<void>(dgx), address<void>(dh0), address<float>(dc0),
           address<void>(workspace)},

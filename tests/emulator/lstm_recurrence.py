@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fuseblock.launch.gpu import H200
+
 _DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -15,17 +17,22 @@ class EmulatedRecurrence:
 
     Attributes:
         multiprocessors: of the GPU that is emulated; fewer than 8-row tiles make the kernels take 16 rows a block.
+        shared_bytes: of shared memory that a block may have there.
         last_launch: () -> (blocks over rows, directions, threads of a block).
         set_seed: (int) order in which the threads of a block take turns, 0: ascending.
     """
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
-        self.multiprocessors = 132
+        self.multiprocessors, self.shared_bytes = H200.multiprocessors, H200.shared_bytes
         self.last_launch, self.set_seed = module.last_launch, module.set_seed
 
+    @property
+    def _gpu(self) -> tuple[int, int]:
+        return self.multiprocessors, self.shared_bytes
+
     def fwd(self, gx: Any, *args: Any) -> None:
-        self._module.fwd(gx, *args, self.multiprocessors, _DTYPES.index(gx.dtype))
+        self._module.fwd(gx, *args, self._gpu, _DTYPES.index(gx.dtype))
 
     def bwd(self, *args: Any) -> None:
-        self._module.bwd(*args, self.multiprocessors, _DTYPES.index(args[5].dtype))
+        self._module.bwd(*args, self._gpu, _DTYPES.index(args[5].dtype))
