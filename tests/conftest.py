@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # The kernels are interpreted unless a GPU is there to compile them for; Triton reads this when it decorates them.
 if "TRITON_INTERPRET" not in os.environ:
@@ -20,6 +21,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """CPU tensors on one backend, an indirect parameter: as chosen, forced, interpreted or emulated."""
+    import fuseblock
+
+    from .backends import DEVICE, available
+
+    if request.param in ("triton", "cuda") and DEVICE == "cuda":
+        pytest.skip("it is neither interpreted nor emulated on this machine")
+    with available(request.param), fuseblock.backend(request.param):
+        yield request.param
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

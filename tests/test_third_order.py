@@ -6,7 +6,7 @@ with forward mode over a graph that was recorded before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad, grad
 
-import fuseblock
 from fuseblock import functional, gan
 from fuseblock._activations import NAMES, activate
 
-from .backends import DEVICE, available
 from .ops.bounds import relative_error
 from .ops.test_upfirdn2d import composite
 
@@ -181,14 +179,6 @@ CASES: dict[str, Case] = {
         (ROW, normal(9, 2)), PLAIN,
     ),
 }  # fmt: skip
-
-
-@pytest.fixture
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param in ("triton", "cuda") and DEVICE == "cuda":
-        pytest.skip("it is neither interpreted nor emulated on this machine")
-    with available(request.param), fuseblock.backend(request.param):
-        yield request.param
 
 
 def loss_of(function: Callable[..., Any]) -> Callable[..., Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,20 +22,10 @@ import fuseblock
 from fuseblock import functional, gan
 from fuseblock.nn import BatchNormAct2d, BiasAct2d, Conv2d, Conv2dBlock, LeakyReLU
 
-from ..backends import DEVICE, available
 from ..ops.bounds import error_ratio
 from ..ops.test_upfirdn2d import composite
 
 Results = dict[str, Tensor]
-
-
-@pytest.fixture
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """CPU tensors on one backend: as chosen, forced, interpreted or emulated."""
-    if request.param in ("triton", "cuda") and DEVICE == "cuda":
-        pytest.skip("it is neither interpreted nor emulated on this machine")
-    with available(request.param), fuseblock.backend(request.param):
-        yield request.param
 
 
 def on(*engines: str) -> pytest.MarkDecorator:

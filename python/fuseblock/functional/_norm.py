@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _batch_norm_node, dispatch, ops
+from ..ops.batch_norm_act import check_of_channels
 from ..reference.batch_norm_act import batch_norm_act_reference
 
 
@@ -108,18 +109,8 @@ def _check_running(x: Tensor, running_mean: Tensor | None, running_var: Tensor |
     """Raise ValueError or TypeError where running statistics are not such of x."""
     if not isinstance(x, Tensor) or x.dim() < 2:
         return  # the operator's check says so
-    for name, t in (("running_mean", running_mean), ("running_var", running_var)):
-        if t is None:
-            continue
-        if t.shape != x.shape[1:2]:
-            raise ValueError(
-                f"batch_norm_act: expected {name} of shape {tuple(x.shape[1:2])}, got {tuple(t.shape)}: "
-                f"x of shape {tuple(x.shape)} has {x.shape[1]} channels"
-            )
-        if not t.dtype.is_floating_point:
-            raise TypeError(f"batch_norm_act: expected floating point {name}, got {t.dtype}")
-        if t.device != x.device:
-            raise ValueError(f"batch_norm_act: expected {name} on {x.device}, as x, got {t.device}")
+    check_of_channels("running_mean", running_mean, x.shape[1], x)
+    check_of_channels("running_var", running_var, x.shape[1], x)
 
 
 @torch.no_grad()

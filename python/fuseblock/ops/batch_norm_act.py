@@ -55,6 +55,24 @@ for _op, _reference in (
     )
 
 
+def check_of_channels(name: str, t: Tensor | None, channels: int, x: Tensor) -> None:
+    """Raise ValueError or TypeError unless ``t`` is absent or holds a number for each of the channels of x.
+
+    The shape of a slope is left to `check_activation`.
+    """
+    if t is None:
+        return
+    if t.shape != (channels,) and name != "slope":
+        raise ValueError(
+            f"batch_norm_act: expected {name} of shape ({channels},), got {tuple(t.shape)}: "
+            f"x of shape {tuple(x.shape)} has {channels} channels"
+        )
+    if not t.dtype.is_floating_point:
+        raise TypeError(f"batch_norm_act: expected floating point {name}, got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"batch_norm_act: expected {name} on {x.device}, as x, got {t.device}")
+
+
 def check(
     x: Tensor,
     weight: Tensor | None,
@@ -78,18 +96,9 @@ def check(
         raise ValueError(
             "batch_norm_act: expected training without residual, mean, var and group where per_sample is True"
         )
-    for name, t in (("weight", weight), ("bias", bias), ("mean", mean), ("var", var), ("slope", slope)):
-        if t is None:
-            continue
-        if t.shape != (channels,) and name != "slope":
-            raise ValueError(
-                f"batch_norm_act: expected {name} of shape ({channels},), got {tuple(t.shape)}: "
-                f"x of shape {tuple(x.shape)} has {channels} channels"
-            )
-        if not t.dtype.is_floating_point:
-            raise TypeError(f"batch_norm_act: expected floating point {name}, got {t.dtype}")
-        if t.device != x.device:
-            raise ValueError(f"batch_norm_act: expected {name} on {x.device}, as x, got {t.device}")
+    affine = ("weight", weight), ("bias", bias), ("mean", mean), ("var", var), ("slope", slope)
+    for name, t in affine:
+        check_of_channels(name, t, channels, x)
     check_activation("batch_norm_act", activation, slope, channels)
     if residual is not None:
         if residual.shape != x.shape:
