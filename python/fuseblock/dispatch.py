@@ -1,14 +1,15 @@
 """Who runs an operator: candidates per operator, the choice among them, and its explanation.
 
 Every operator has an ordered list of candidates. The first that can run the given tensors is taken; a candidate that
-cannot says why. ``backend(name)`` (or the environment variable ``FUSEBLOCK_BACKEND``) forces one: if it cannot run,
-`BackendError` is raised and nothing is swapped silently.
+cannot says why. On a GPU with a table of measurements (`_tables`), those that were measured at such sizes come first, the
+fastest of them at the head. ``backend(name)`` (or the environment variable ``FUSEBLOCK_BACKEND``) forces one: if it
+cannot run, `BackendError` is raised and nothing is swapped silently.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
+from . import _tables
 from ._library import forward_mode_active
 
 #: Names that ``backend()`` accepts. ``aten`` is PyTorch's own layer, an engine of the whole LSTM layer.
@@ -56,7 +58,23 @@ def absent(name: str, reason: str) -> Candidate:
     return Candidate(name, None, lambda *args: reason, devices=())
 
 
+@dataclass(frozen=True)
+class Question:
+    """How a table of measurements is asked about calls of an operator.
+
+    Attributes:
+        like: position of the argument whose device counts.
+        key: the sizes and kinds of a call, from its arguments.
+    """
+
+    like: int
+    key: Callable[[Sequence[Any]], _tables.Key]
+
+
 _CANDIDATES: dict[str, tuple[Candidate, ...]] = {}
+_QUESTIONS: dict[str, Question] = {}
+#: Candidates in a measured order: (the list that was ordered, in that order).
+_ORDERED: dict[tuple[str, tuple[str, ...]], tuple[Sequence[Candidate], Sequence[Candidate]]] = {}
 
 
 def _checked(name: str, origin: str) -> str:
@@ -118,24 +136,69 @@ def operators() -> tuple[str, ...]:
     return tuple(_CANDIDATES)
 
 
+def measured(op: str, question: Question) -> None:
+    """Let tables of measurements decide among the candidates of an operator, on GPUs that have one."""
+    _QUESTIONS[op] = question
+
+
+def question(op: str) -> Question | None:
+    """How tables are asked about an operator; None where they are not."""
+    return _QUESTIONS.get(op)
+
+
+def _answer(op: str, args: Sequence[Any]) -> _tables.Answer | None:
+    """What the table of the GPU says; None for operators without a question and on CPUs."""
+    question = _QUESTIONS.get(op)
+    if question is None or not args[question.like].is_cuda:
+        return None
+    table = _tables.in_force(args[question.like].get_device())
+    return table.answer(op, question.key(args) if table.entries else ())
+
+
+def preference(op: str, args: Sequence[Any]) -> Sequence[Candidate]:
+    """The candidates of ``op(*args)`` in order of preference: the measured ones, then the others."""
+    listed = _CANDIDATES[op]
+    answer = _answer(op, args)
+    if answer is None or not answer.order:
+        return listed
+    known = _ORDERED.get((op, answer.order))
+    if known is None or known[0] is not listed:
+        rank = {label: number for number, label in enumerate(answer.order)}
+        known = listed, sorted(listed, key=lambda c: rank.get(c.label, len(rank)))
+        _ORDERED[op, answer.order] = known
+    return known[1]
+
+
+def eligible(candidate: Candidate) -> bool:
+    """Whether the backend in force leaves a candidate in the choice."""
+    # A forced `aten` concerns layers; operators called on their own are chosen as usual.
+    return _FORCED.get() in ("auto", "aten", candidate.name)
+
+
 def choose(op: str, args: tuple[Any, ...]) -> Candidate:
-    """The candidate that runs ``op(*args)``.
+    """The candidate that runs ``op(*args)``: the first in order of preference that can.
 
     Raises:
         BackendError: the forced backend cannot run the call (every reason is in the message).
     """
-    name = _FORCED.get()
     reasons = []
-    for candidate in _CANDIDATES[op]:
-        # A forced `aten` concerns layers; operators called on their own are chosen as usual.
-        if name in ("auto", "aten") or candidate.name == name:
+    for candidate in preference(op, args):
+        if eligible(candidate):
             reason = candidate.why_not(*args)
             if reason is None:
                 return candidate
             reasons.append(f"{candidate.name}: {reason}")
     raise BackendError(
-        f"no backend can run {op} (asked for {name}): " + ("; ".join(reasons) or "not implemented")
+        f"no backend can run {op} (asked for {_FORCED.get()}): " + ("; ".join(reasons) or "not implemented")
     )
+
+
+def rule(op: str, args: tuple[Any, ...], chosen: Candidate) -> str:
+    """Why `choose` took ``chosen`` and no other that can run."""
+    answer = _answer(op, args)
+    first = "the first that can run" if answer is None else answer.rule(chosen.label)
+    name = _FORCED.get()
+    return first if name in ("auto", "aten") else f"backend {name!r} is forced; {first}"
 
 
 def run(op: str, args: tuple[Any, ...]) -> Any:

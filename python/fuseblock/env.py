@@ -19,6 +19,7 @@ VARIABLES = (
         "0",
         "1 checks lengths on a GPU as well, at the price of a synchronisation per call",
     ),
+    ("FUSEBLOCK_CONFIGS", "none", "a folder of measured dispatch tables, asked before those of the package"),
     ("FUSEBLOCK_CPU_ISA", "best", "instruction set of the CPU kernels: baseline, avx2 or avx512"),
     (
         "FUSEBLOCK_BUILD_NATIVE",

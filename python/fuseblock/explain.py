@@ -26,14 +26,16 @@ class Explanation:
         op: what was asked about.
         chosen: name of the engine or backend that would run.
         reasons: (name, reason) of every candidate in order of preference; reason None means that it can run.
+        rule: why the chosen one is preferred to others that can run: a measurement in a table, or the plain rule.
     """
 
     op: str
     chosen: str
     reasons: tuple[tuple[str, str | None], ...]
+    rule: str
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: {self.chosen}"]
+        lines = [f"{self.op}: {self.chosen}", f"  rule: {self.rule}"]
         lines += [f"  {name:<22} {reason or 'can run'}" for name, reason in self.reasons]
         return "\n".join(lines)
 
@@ -63,16 +65,16 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     if op not in dispatch.operators():
         raise ValueError(f"explain: expected one of lstm, {', '.join(dispatch.operators())}, got {op!r}")
     _check_arguments(op, args, kwargs)
-    name = dispatch.forced()
-    reasons, chosen = [], "nobody"
-    for candidate in dispatch.candidates(op):
-        reason = candidate.why_not(*args)
-        if reason is None and name not in ("auto", "aten", candidate.name):
-            reason = f"backend {name!r} is forced"
-        if reason is None and chosen == "nobody":
-            chosen = candidate.label
-        reasons.append((candidate.label, reason))
-    return Explanation(op, chosen, tuple(reasons))
+    forced = f"backend {dispatch.forced()!r} is forced"
+    reasons = tuple(
+        (c.label, c.why_not(*args) or (None if dispatch.eligible(c) else forced))
+        for c in dispatch.preference(op, args)
+    )
+    try:
+        chosen = dispatch.choose(op, args)
+    except dispatch.BackendError:
+        return Explanation(op, "nobody", reasons, forced)
+    return Explanation(op, chosen.label, reasons, dispatch.rule(op, args, chosen))
 
 
 def _check_arguments(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -98,17 +100,18 @@ def _explain_layer(
     training: bool,
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
+    save_gates: bool,
 ) -> Explanation:
     directions = 2 if bidirectional else 1
-    engine, reason = choose_engine(input, h0, c0, weights, directions, lengths, batch_sizes)
+    engine, rule = choose_engine(input, h0, c0, weights, directions, lengths, batch_sizes, save_gates)
     other = "aten" if engine == "ours" else "ours"
-    reasons: list[tuple[str, str | None]] = [(engine, f"chosen: {reason}"), (other, "not chosen")]
+    reasons: list[tuple[str, str | None]] = [(engine, None), (other, "not chosen")]
     if engine == "ours":
         tensors = [input, h0, c0, *(x for w in weights for x in w)]
         dropout = dropout if training and len(weights) > directions else 0.0
         fused = _why_not_fused(tensors, weights, directions, dropout, lengths, batch_sizes)
         reasons += [(f"fused layer {n}", reason) for n, reason in enumerate(fused)]
-    return Explanation("lstm", engine, tuple(reasons))
+    return Explanation("lstm", engine, tuple(reasons), rule)
 
 
 def _why_not_fused(

@@ -16,6 +16,8 @@ N = sum(batch_sizes). Weight gradients are GEMMs of PyTorch over all steps at on
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from .. import dispatch
 from .._library import DifferentiableOp, no_third_order, state_dtype
+from .._tables import STEADY_STEPS, Key, tf32
 from ..launch import resident_recurrence
 from ..reference import lstm_recurrence as reference
 from . import _candidates
@@ -45,6 +48,28 @@ for _op, _reference in (
         *(c for c in _triton if c.variant != "persistent"),
         _candidates.reference(_reference),
     )
+
+
+def _key(first: int, args: Sequence[Any]) -> Key:
+    """What tables of measurements are asked; ``first`` is the place of gx, or of the gates that stand for it."""
+    x, c0, w_hr, lengths = (args[first + n] for n in (0, 2, 4, 5))
+    directions, batch, hidden = c0.shape
+    return (
+        ("dtype", x.dtype),
+        ("tf32", tf32("matmul") if x.dtype is torch.float32 else ""),
+        ("ragged", lengths is not None),
+        # The last argument of the forward operator.
+        ("mode", "forward" if args[-1] is False else "train"),
+        ("hidden", hidden),
+        ("proj", 0 if w_hr is None else w_hr.shape[1]),
+        ("batch", batch),
+        ("steps", min(x.shape[0], STEADY_STEPS)),
+        ("directions", directions),
+    )
+
+
+for _op, _first in (("lstm_recurrence", 0), ("lstm_recurrence_bwd", 5), ("lstm_recurrence_bwd_bwd", 9)):
+    dispatch.measured(_op, dispatch.Question(_first, partial(_key, _first)))
 
 #: Whether lengths on a GPU are checked too, at the price of a host synchronisation.
 CHECK_LENGTHS = os.environ.get("FUSEBLOCK_CHECK_LENGTHS", "0") == "1"
