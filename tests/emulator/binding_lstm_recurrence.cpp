@@ -6,9 +6,16 @@
 #define FB_TIER_HEADER(tier) FB_HEADER(tier)
 #include FB_TIER_HEADER(FB_TIER)
 #include "cuda_emulator.h"
+#include "device.h"
 
 namespace py = pybind11;
 using namespace fuseblock;
+
+// Of tiers whose blocks depend on each other: how many run at the same time. Others do not have the functions.
+#define FB_RESIDENT_OF(tier, pass) lstm_##tier##_##pass##_resident
+#define FB_RESIDENT(tier, pass) FB_RESIDENT_OF(tier, pass)
+extern "C" __attribute__((weak)) int FB_RESIDENT(FB_TIER, fwd)(int64_t hidden, int dtype);
+extern "C" __attribute__((weak)) int FB_RESIDENT(FB_TIER, bwd)(int64_t hidden, int dtype);
 
 namespace {
 
@@ -67,6 +74,16 @@ void bwd(H dy, H dh_n, H dc_n, H d_gates, H d_c, H gates, H c, H c0, H w_hh, H l
          dtype);
 }
 
+void set_device(bool clusters, bool cooperative, int multiprocessors, unsigned largest_cluster, size_t shared_bytes) {
+  cuda_emulator::Device device;
+  device.clusters = clusters;
+  device.cooperative = cooperative;
+  device.multiprocessors = multiprocessors;
+  device.largest_cluster = largest_cluster;
+  device.shared_bytes = shared_bytes;
+  cuda_emulator::set_device(device);
+}
+
 // Blocks over rows and directions, threads.
 py::tuple last_launch() {
   const auto [grid, block] = cuda_emulator::last_launch();
@@ -78,6 +95,12 @@ py::tuple last_launch() {
 PYBIND11_MODULE(FB_MODULE(FB_TIER), m) {
   m.def("fwd", &fwd);
   m.def("bwd", &bwd);
+  if (FB_RESIDENT(FB_TIER, fwd) != nullptr) {
+    m.def("fwd_resident", FB_RESIDENT(FB_TIER, fwd));
+    m.def("bwd_resident", FB_RESIDENT(FB_TIER, bwd));
+  }
+  m.def("set_device", &set_device, py::arg("clusters") = true, py::arg("cooperative") = true,
+        py::arg("multiprocessors") = 132, py::arg("largest_cluster") = 16, py::arg("shared_bytes") = 227 << 10);
   m.def("last_launch", &last_launch);
   m.def("set_seed", &cuda_emulator::set_seed);
   m.def("set_workers", &cuda_emulator::set_workers);

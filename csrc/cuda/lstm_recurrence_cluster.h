@@ -1,0 +1,23 @@
+// C interface of the recurrence's cluster tier: the blocks of a cluster (sm_90 and newer) keep w_hh of their direction on chip
+// and send each other what every step makes; clusters share nothing but inputs. Tensors: lstm_recurrence.h.
+#pragma once
+
+#include "cuda/lstm_recurrence.h"
+
+namespace fuseblock {
+
+// The sizes that the kernels are compiled for, and the only list of them; smaller H is padded with zero units up to the next.
+// H, blocks of a cluster, parts that warps split k into, tiles of weights that a warp keeps in registers (the others: in
+// shared memory). More than 8 blocks are more than every GPU with clusters promises to have.
+#define FB_LSTM_CLUSTER_CLASSES(X) X(256, 4, 1, 32) X(384, 8, 2, 16) X(512, 16, 2, 32) X(640, 16, 2, 16)
+
+}  // namespace fuseblock
+
+// dtype: fuseblock::DType number of T. With more tiles of 8 rows than clusters that fit side by side, a cluster takes 16 rows.
+extern "C" {
+int launch_lstm_cluster_fwd(const fuseblock::LstmFwd* op, int dtype, void* stream);
+int launch_lstm_cluster_bwd(const fuseblock::LstmBwd* op, int dtype, void* stream);
+// Blocks that run at the same time on the current device: 0 where not one cluster does, or no class holds H.
+int lstm_cluster_fwd_resident(int64_t hidden, int dtype);
+int lstm_cluster_bwd_resident(int64_t hidden, int dtype);
+}
