@@ -89,7 +89,8 @@ def _style(row: Row) -> str:
     return ""
 
 
-def _print(title: str, head: Sequence[str], lines: Iterable[tuple[Sequence[str], str]]) -> None:
+def print_table(title: str, head: Sequence[str], lines: Iterable[tuple[Sequence[str], str]]) -> None:
+    """Print lines of cells, each with a style."""
     if _RICH:
         table = rich.table.Table(title=title, title_justify="left")
         for name in head:
@@ -110,7 +111,7 @@ def _print(title: str, head: Sequence[str], lines: Iterable[tuple[Sequence[str],
 def tables(report: dict[str, Any], rows: list[Row]) -> None:
     """Print rows, class means and bars."""
     shown = [row for row in rows if row.status != UNAVAILABLE]
-    _print(
+    print_table(
         "Results (speed-ups are paired medians; a red row has none)",
         HEAD,
         [(cells(row), _style(row)) for row in shown],
@@ -136,7 +137,7 @@ def tables(report: dict[str, Any], rows: list[Row]) -> None:
             "mean vs best peer",
             "worst ",
         )
-        _print("Geometric means, fuseblock", head, means)
+        print_table("Geometric means, fuseblock", head, means)
     bars = []
     for bar in report["bars"]:
         value = "" if bar["value"] is None else f"{bar['value']:.2f}"
@@ -146,7 +147,7 @@ def tables(report: dict[str, Any], rows: list[Row]) -> None:
         style = {"met": "green", "missed": "bold red"}.get(bar["verdict"], "dim")
         bars.append(((bar["bar"], f"{bar['least']:.2f}", value, where, bar["verdict"]), style))
     if bars:
-        _print("Bars", ("bar", "least", "measured", "worst at", "verdict"), bars)
+        print_table("Bars", ("bar", "least", "measured", "worst at", "verdict"), bars)
 
 
 _MEANS = ("stock_mean", "stock_worst", "peer_mean", "peer_worst")
@@ -167,7 +168,7 @@ def cases_table(cases: Iterable[Any]) -> None:
         )
         for c in cases
     ]
-    _print(
+    print_table(
         "Cases: layers x hidden (input) batch time; or the shape of the input",
         ("case", "size", "modes", "runs", "user"),
         lines,

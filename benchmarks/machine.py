@@ -42,6 +42,30 @@ def _version(package: str) -> str | None:
         return None
 
 
+_GPU_STATE = (
+    "driver_version",
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks.mem",
+    "power.limit",
+    "temperature.gpu",
+    "persistence_mode",
+    "mig.mode.current",
+)
+
+
+def gpu_state() -> dict[str, str] | None:
+    """Driver, clocks, limits and temperature of the first GPU, as nvidia-smi has them; None without nvidia-smi."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(_GPU_STATE)}", "--format=csv,noheader"]
+    try:
+        line = subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL, timeout=30).splitlines()[
+            0
+        ]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+    return dict(zip(_GPU_STATE, line.split(", "), strict=True))
+
+
 def describe(device: str) -> dict[str, Any]:
     """Machine, versions, commit and time as plain values."""
     cuda = device == "cuda"
@@ -53,6 +77,7 @@ def describe(device: str) -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "gpu": torch.cuda.get_device_name() if cuda else None,
+            "gpu_state": gpu_state() if cuda else None,
             "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         },
         "versions": {

@@ -16,12 +16,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from .benchmarks_package import load
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def bench():
-    """The suite's modules, loaded without putting the repository root on sys.path (``kernels`` lies there)."""
+    """The suite's modules."""
     names = (
         "cases",
         "cli",
@@ -35,15 +37,7 @@ def bench():
         "timing",
         "workloads",
     )
-    if "benchmarks" not in sys.modules:
-        folder = ROOT / "benchmarks"
-        spec = importlib.util.spec_from_file_location(
-            "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        package = importlib.util.module_from_spec(spec)
-        sys.modules["benchmarks"] = package
-        spec.loader.exec_module(package)
-    return SimpleNamespace(**{name: importlib.import_module(f"benchmarks.{name}") for name in names})
+    return SimpleNamespace(**{name: load(name) for name in names})
 
 
 @pytest.fixture(autouse=True)

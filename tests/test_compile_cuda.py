@@ -71,7 +71,7 @@ def compile_cubin(source: Path, architecture: str) -> Path:
     command += ["-Xptxas=-v,--warn-on-spills,--warning-as-error"]
     digest = hashlib.sha256("\0".join(command).encode())
     headers = [file for room in ("cuda", "math") for file in (ROOT / "csrc" / room).glob("*.[hc]*")]
-    headers += SELF_TEST.glob("*.h")
+    headers += [*source.parent.glob("*.h"), *source.parent.glob("*.cuh")]
     for file in sorted([*headers, source]):
         digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
     target = CACHE / f"{source.stem}-sm_{architecture}-{digest.hexdigest()[:16]}.cubin"
