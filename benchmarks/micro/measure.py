@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -100,7 +101,7 @@ def _rounds(run: Run, row: Row) -> bool:
         return False
     times, clocks = [], []
     for _ in range(SAMPLES):
-        few, many = (_milliseconds(lambda n=n: run.launch(n)) for n in (FEW, MANY))
+        few, many = (_milliseconds(partial(run.launch, n)) for n in (FEW, MANY))
         times.append((many - few) * 1e3 / (MANY - FEW))
         clocks.append(run.clocks.max().item() / MANY)
     row.us_of_round, row.clocks_of_round = Spread.of(times).median, Spread.of(clocks).median
@@ -151,8 +152,9 @@ def measure(case: Case, library: Library, device: str = "cuda") -> Row:
     if properties.major < case.least_capability:
         row.status, row.reason = REFUSED, "this GPU has no bulk copies"
         return row
+    most = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     # What the kernels have in shared memory of fixed size comes on top.
-    shared = min(SHARED_BYTES, properties.shared_memory_per_block_optin - (10 << 10)) if case.alone else 0
+    shared = min(SHARED_BYTES, most - (10 << 10)) if case.alone else 0
     try:
         fit, row.reason = library.resident(
             case.kernel, threads=case.threads, cluster=case.cluster, shared_bytes=shared

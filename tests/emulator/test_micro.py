@@ -109,7 +109,9 @@ def test_rows(emulated, kernels, monkeypatch: pytest.MonkeyPatch, unit: str) -> 
     monkeypatch.setattr(measure, "_milliseconds", milliseconds)
     for name, value in {"FEW": 2, "MANY": 4, "SAMPLES": 3}.items():
         monkeypatch.setattr(measure, name, value)
-    properties = SimpleNamespace(major=9, shared_memory_per_block_optin=227 << 10)
+    properties = SimpleNamespace(
+        major=9, shared_memory_per_block=48 << 10, shared_memory_per_block_optin=227 << 10
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
