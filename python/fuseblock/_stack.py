@@ -20,6 +20,7 @@ from ._fused_layer import fused_layers, per_layer, present
 from ._library import backward_is_seen, state_dtype
 from ._ragged import Packing
 from ._recompute import PER_LAYER, LayerWeights, Run, layer_weights, recorded_gradients
+from .ops._recompute_gates import recompute_gates
 from .ops._recurrent_weight_grad import (
     hidden_before_projection,
     projection_weight_grad,
@@ -69,6 +70,7 @@ class _Stack(torch.autograd.Function):
         directions: int,
         ragged: tuple[Tensor | None, Tensor | None],
         packing: Packing | None,
+        save_gates: bool,
         input: Tensor,
         h0: Tensor,
         c0: Tensor,
@@ -94,7 +96,7 @@ class _Stack(torch.autograd.Function):
                 )
             hs.append(h_n)
             cs.append(c_n)
-            kept += [y, gates, cells]
+            kept += [y, gates if save_gates else None, cells]
         h_n, c_n = join_rows(hs), join_rows(cs).to(c0.dtype)
         if packing is not None:
             # Of the outermost input and output the padded one is kept: it is alive anyway.
@@ -106,7 +108,7 @@ class _Stack(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[5:]
         count = len(needed)
         tensors, ragged, kept = saved[:count], saved[count : count + 2], saved[count + 2 :]
         # The forward pass ran without autocast, or it would not have come here.
@@ -123,7 +125,7 @@ class _Stack(torch.autograd.Function):
                 found = _first_order(
                     ctx.directions, ctx.packing, fused, freed, tensors, ragged, kept, needed, grads
                 )
-        return None, None, None, None, *found
+        return None, None, None, None, None, *found
 
 
 def _initial_states(
@@ -143,7 +145,7 @@ def _first_order(
     freed: bool,
     tensors: Sequence[Tensor | None],
     ragged: Sequence[Tensor | None],
-    kept: Sequence[Tensor],
+    kept: Sequence[Tensor | None],
     needed: Sequence[bool],
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
@@ -168,6 +170,7 @@ def _first_order(
     def read(layer: int) -> Tensor:
         """The input of a layer, of the one after the last the output; packed as late as possible."""
         x = input if layer == 0 else kept[3 * layer - 3]
+        assert x is not None  # for the type checker: only gates may be absent
         return x if packing is None or 0 < layer <= last else packing.pack(x)
 
     for layer in reversed(range(len(h0s))):
@@ -176,6 +179,10 @@ def _first_order(
         gates, cells = kept[3 * layer + 1 : 3 * layer + 3]
         h, c = h0s[layer], c0s[layer]
         dh, dc = dh_ns[layer], dc_ns[layer]
+        assert cells is not None
+        if gates is None:
+            gx = input_projection(read(layer), own).contiguous()
+            gates = recompute_gates(gx, read(layer + 1), h, recurrent_weights(own)[0], *ragged)
         first_weight = 3 + first * PER_LAYER
         of_layer = needed[first_weight : first_weight + directions * PER_LAYER]
         need_dx = layer > 0 or needed[0]
@@ -284,6 +291,7 @@ def fused_stack(
     ragged: tuple[Tensor | None, Tensor | None],
     packing: Packing | None,
     ours: Run,
+    save_gates: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(output, h_n, c_n) of a stack without dropout, as one autograd node; arguments as in `functional.lstm`.
 
@@ -291,6 +299,7 @@ def fused_stack(
         ragged: lengths and batch_sizes.
         packing: how the padded input, states and output lie in the packed rows that ``batch_sizes`` describes.
         ours: runs the same stack on the operators.
+        save_gates: keep the gates for backward, or compute them again there.
     """
     flat = [x for w in weights for x in w]
-    return _Stack.apply(ours, directions, ragged, packing, input, h0, c0, *flat)  # type: ignore[no-any-return]
+    return _Stack.apply(ours, directions, ragged, packing, save_gates, input, h0, c0, *flat)  # type: ignore[no-any-return]

@@ -129,6 +129,7 @@ def lstm(
     training: bool = False,
     lengths: Tensor | None = None,
     batch_sizes: Tensor | None = None,
+    save_gates: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A stack of LSTM layers, the mathematics of ``torch.nn.LSTM``.
 
@@ -140,6 +141,10 @@ def lstm(
         bidirectional: whether a layer has two directions.
         dropout: probability of zeroing an element of every layer's output but the last's, where ``training``.
         lengths, batch_sizes: ragged batches, as in `lstm_recurrence`.
+        save_gates: False keeps less for backward, half or less of it: the gates (4H of the 6H numbers per row, step and
+            direction that are kept beside the input) are computed again from y, by two GEMMs over all steps. In eager mode,
+            where the stack is one autograd node: compiled code, function transforms and dropout between layers keep what
+            their operators keep.
 
     Returns:
         output (T, B, D*P) or (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H), in the dtype of ``input`` (under autocast, in
@@ -159,7 +164,7 @@ def lstm(
     if lengths is not None and batch_sizes is not None:
         raise ValueError("lstm: expected lengths or batch_sizes, got both")
     dropout = dropout if training and len(weights) > directions else 0.0
-    engine, _ = choose_engine(input, h0, c0, weights, directions, lengths, batch_sizes)
+    engine, _ = choose_engine(input, h0, c0, weights, directions, lengths, batch_sizes, save_gates)
     if engine == "aten":
         ours = partial(_ours, directions=directions)
         h0, c0 = _states(input, h0, c0, weights, input.shape[1])
@@ -167,12 +172,16 @@ def lstm(
     if lengths is not None and _can_pack(input, lengths):
         packed = packing(input, lengths)
         if packed is not None:
-            return _ours_or_one_node(input, h0, c0, weights, directions, dropout, packing=packed)
+            return _ours_or_one_node(
+                input, h0, c0, weights, directions, dropout, packing=packed, save_gates=save_gates
+            )
     if batch_sizes is not None and input.device.type != "cpu" and not dispatch.plain_pytorch():
         padded, lengths, positions = pad_rows(input, batch_sizes)
         output, h_n, c_n = _ours(padded, h0, c0, weights, directions, dropout, lengths)
         return output.flatten(0, 1).index_select(0, positions), h_n, c_n
-    return _ours_or_one_node(input, h0, c0, weights, directions, dropout, lengths, batch_sizes)
+    return _ours_or_one_node(
+        input, h0, c0, weights, directions, dropout, lengths, batch_sizes, save_gates=save_gates
+    )
 
 
 def _can_pack(input: Tensor, lengths: Tensor) -> bool:
@@ -198,6 +207,7 @@ def _ours_or_one_node(
     lengths: Tensor | None = None,
     batch_sizes: Tensor | None = None,
     packing: Packing | None = None,
+    save_gates: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The stack on our kernels: as one autograd node where that is possible, else operator by operator.
 
@@ -212,7 +222,8 @@ def _ours_or_one_node(
         if packing is not None:
             ours = packing.around(ours)
         h0, c0 = _states(input, h0, c0, weights, _batch(input, batch_sizes))
-        return fused_stack(input, h0, c0, weights, directions, (lengths, batch_sizes), packing, ours)
+        ragged = lengths, batch_sizes
+        return fused_stack(input, h0, c0, weights, directions, ragged, packing, ours, save_gates)
     if packing is not None:
         run = partial(_ours_or_one_node, directions=directions, dropout=dropout, batch_sizes=batch_sizes)
         return packing.around(run)(input, h0, c0, weights)

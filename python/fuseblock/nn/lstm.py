@@ -51,6 +51,8 @@ class LSTM(torch.nn.LSTM):
       instead of raising;
     * backward works in eval mode, and twice, on every device;
     * more than 65,535 time steps;
+    * ``lstm.save_gates = False``: training keeps half of the memory or less, and backward computes the gates again
+      (:func:`fuseblock.functional.lstm`);
     * ``torch.compile(fullgraph=True)`` after :func:`fuseblock.enable_compile`; without that call the
       compiler breaks its graph at this module, as it does at every :class:`torch.nn.LSTM`. ``torch.export``
       needs no call.
@@ -77,6 +79,9 @@ class LSTM(torch.nn.LSTM):
         >>> bool(output[0, 2:].any())
         False
     """
+
+    #: Whether gates are kept for backward; see the class.
+    save_gates = True
 
     def forward(  # type: ignore[override]
         self,
@@ -111,6 +116,7 @@ class LSTM(torch.nn.LSTM):
             dropout=self.dropout,
             training=self.training,
             lengths=lengths,
+            save_gates=self.save_gates,
         )
         if unbatched:
             return output.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
@@ -134,6 +140,7 @@ class LSTM(torch.nn.LSTM):
             dropout=self.dropout,
             training=self.training,
             batch_sizes=batch_sizes,
+            save_gates=self.save_gates,
         )
         if data.device.type == "cpu":
             # Under autocast torch.nn promotes with the state's dtype: on a CPU, when packed, and only then.

@@ -34,15 +34,15 @@ def recurrent_weight_grads(
     for d, (delta_d, y_d) in enumerate(columns):
         first = y_d.new_zeros(batch, y_d.shape[-1]) if h0 is None else h0[d]
         if batch_sizes is not None:
-            grads.append(_outer_sum(delta_d, _packed_before(y_d, first, d == 1, batch_sizes)))
+            grads.append(_outer_sum(delta_d, packed_before(y_d, first, d == 1, batch_sizes)))
             continue
-        later, before, at_first = _padded_pairs(delta_d, y_d, d == 1, lengths)
+        later, before, at_first = padded_pairs(delta_d, y_d, d == 1, lengths)
         grad = _outer_sum(later, before)
         grads.append(grad if h0 is None else grad + _outer_sum(at_first, first))
     return grads
 
 
-def _padded_pairs(
+def padded_pairs(
     delta: Tensor, y: Tensor, reverse: bool, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(delta of the later steps, h that each of them read, delta (B, 4H) of the steps that read h0)."""
@@ -59,7 +59,7 @@ def _padded_pairs(
     return delta_rows[:-batch], y_rows[batch:], delta.gather(0, last)[0]
 
 
-def _packed_before(y: Tensor, h0: Tensor, reverse: bool, batch_sizes: Tensor) -> Tensor:
+def packed_before(y: Tensor, h0: Tensor, reverse: bool, batch_sizes: Tensor) -> Tensor:
     """h_{t-1} of every packed row: h0 (B, P) at a sequence's first step."""
     rows, batch = y.shape[0], h0.shape[0]
     # The row of the same sequence one time step earlier, for every row but those of step 0.
