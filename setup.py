@@ -122,19 +122,18 @@ def is_current(output: Path, command: str) -> bool:
     return all(os.path.exists(path) and os.stat(path).st_mtime_ns <= made for path in inputs)
 
 
-def compile_one(command: list[str], source: Path, output: Path) -> str:
-    """Compile source to output if it is not current; the compiler's messages, remembered for an unchanged file."""
+def compile_one(command: list[str], source: Path, output: Path) -> None:
+    """Compile source to output if it is not current; the compiler's messages are kept beside it."""
     output.parent.mkdir(parents=True, exist_ok=True)
     command = [*command, "-MD", "-MF", f"{output}.d", "-c", str(source), "-o", str(output)]
-    log = Path(f"{output}.log")
-    if not is_current(output, shlex.join(command)):
-        print(f"fuseblock: compiling {source.relative_to(ROOT)}", flush=True)
-        messages = run(command)
-        if messages.strip() and "ptxas info" not in messages:
-            print(messages, flush=True)
-        log.write_text(messages)
-        Path(f"{output}.cmd").write_text(shlex.join(command))
-    return log.read_text()
+    if is_current(output, shlex.join(command)):
+        return
+    print(f"fuseblock: compiling {source.relative_to(ROOT)}", flush=True)
+    messages = run(command)
+    if messages.strip() and "ptxas info" not in messages:
+        print(messages, flush=True)
+    Path(f"{output}.log").write_text(messages)
+    Path(f"{output}.cmd").write_text(shlex.join(command))
 
 
 def kernel_report(log: str) -> list[dict[str, object]]:
@@ -181,23 +180,31 @@ class BuildNative(build_ext):
             (self.folder / "_build.json").write_text(json.dumps(self.report, indent=1) + "\n")
 
     def build_native(self, cxx: list[str], torch: Path) -> None:
-        cuda_objects, cuda_define, cuda_link = self.compile_cuda()
-        common = [*cxx, *CXX_FLAGS, *cuda_define, f"-I{sysconfig.get_path('include')}", f"-I{ROOT / 'csrc'}"]
-        command = [*common, *STABLE_ABI, f"-isystem{torch / 'include'}"]
-        objects = self.compile_all(command, "csrc/cpu/*.cpp", "csrc/torch/*.cpp")[0]
-        libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", *cuda_link]
-        self.link(cxx, [*objects, *cuda_objects], libraries, "_C.abi3.so")
-        self.report |= {"native": True, "compiler": version_line(cxx[0]), "flags": CXX_FLAGS + STABLE_ABI}
-        if self.in_tree and importlib.util.find_spec("pybind11") and (ROOT / "csrc/introspect.cpp").exists():
+        nvcc, define, cuda_link = self.cuda_toolchain()
+        common = [*cxx, *CXX_FLAGS, *define, f"-I{sysconfig.get_path('include')}", f"-I{ROOT / 'csrc'}"]
+        host = [*common, *STABLE_ABI, f"-isystem{torch / 'include'}"]
+        # Kernels take most of the time, what calls them seconds: in this order all processors are done together.
+        parts = [(nvcc, "csrc/cuda/*.cu")] if nvcc else []
+        parts.append((host, "csrc/cpu/*.cpp"))
+        if self.in_tree and importlib.util.find_spec("pybind11"):
             import pybind11
 
-            command = [*common, f"-isystem{pybind11.get_include()}"]
-            objects = self.compile_all(command, "csrc/introspect.cpp")[0]
+            parts.append(([*common, f"-isystem{pybind11.get_include()}"], "csrc/introspect.cpp"))
+        parts.append((host, "csrc/torch/*.cpp"))
+        objects = self.compile_all(parts)
+        self.report |= {"native": True, "compiler": version_line(cxx[0]), "flags": CXX_FLAGS + STABLE_ABI}
+        if nvcc:
+            logs = [Path(f"{path}.log").read_text() for path in objects["csrc/cuda/*.cu"]]
+            self.report["kernels"] = [row for log in logs for row in kernel_report(log)]
+        introspection, cuda = objects.pop("csrc/introspect.cpp", []), objects.get("csrc/cuda/*.cu", [])
+        libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", *cuda_link]
+        self.link(cxx, [path for paths in objects.values() for path in paths], libraries, "_C.abi3.so")
+        if introspection:
             module = f"_introspect{sysconfig.get_config_var('EXT_SUFFIX')}"
-            self.link(cxx, [*objects, *cuda_objects], cuda_link, module)
+            self.link(cxx, [*introspection, *cuda], cuda_link, module)
 
-    def compile_cuda(self) -> tuple[list[str], list[str], list[str]]:
-        """Objects of csrc/cuda, the flags that compile code against them, and the flags that link them."""
+    def cuda_toolchain(self) -> tuple[list[str], list[str], list[str]]:
+        """The command that compiles CUDA, and the flags that compile and link code against its objects."""
         try:
             if choice("FUSEBLOCK_BUILD_CUDA") == "0":
                 raise NotFoundError("switched off by FUSEBLOCK_BUILD_CUDA=0")
@@ -210,22 +217,22 @@ class BuildNative(build_ext):
             return [], [], []
         nvcc = str(home / "bin/nvcc")
         names, architectures = architecture_flags(nvcc)
-        command = [nvcc, *NVCC_FLAGS, *architectures, f"-I{ROOT / 'csrc'}"]
-        objects, logs = self.compile_all(command, "csrc/cuda/*.cu")
         self.report["cuda"] = {"compiler": version_line(nvcc), "flags": NVCC_FLAGS, "architectures": names}
-        self.report["kernels"] = [row for log in logs for row in kernel_report(log)]
-        return objects, ["-DWITH_CUDA", f"-isystem{home / 'include'}"], link
+        command = [nvcc, *NVCC_FLAGS, *architectures, f"-I{ROOT / 'csrc'}"]
+        return command, ["-DWITH_CUDA", f"-isystem{home / 'include'}"], link
 
-    def compile_all(self, command: list[str], *patterns: str) -> tuple[list[str], list[str]]:
-        """Compile the files that match; their objects and the compiler's messages."""
-        sources = sorted(source for pattern in patterns for source in ROOT.glob(pattern))
-        outputs = [OBJECTS / f"{source.relative_to(ROOT)}.o" for source in sources]
-        jobs = int(os.environ.get("MAX_JOBS", "0")) or os.cpu_count() or 1
-        with ThreadPoolExecutor(jobs) as pool:
-            logs = list(
-                pool.map(lambda pair: compile_one(command, *pair), zip(sources, outputs, strict=True))
-            )
-        return [str(output) for output in outputs], logs
+    def compile_all(self, parts: list[tuple[list[str], str]]) -> dict[str, list[str]]:
+        """Compile the files that match each pattern with its command; the objects of each pattern."""
+        objects: dict[str, list[str]] = {}
+        work = []
+        for command, pattern in parts:
+            sources = sorted(ROOT.glob(pattern))
+            outputs = [OBJECTS / f"{source.relative_to(ROOT)}.o" for source in sources]
+            objects[pattern] = list(map(str, outputs))
+            work += [(command, *pair) for pair in zip(sources, outputs, strict=True)]
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "0")) or os.cpu_count() or 1) as pool:
+            list(pool.map(lambda job: compile_one(*job), work))
+        return objects
 
     def link(self, cxx: list[str], objects: list[str], libraries: list[str], name: str) -> None:
         target, stamp = self.folder / name, OBJECTS / f"{name}.link"
