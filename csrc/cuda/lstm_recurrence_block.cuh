@@ -1,7 +1,8 @@
 // What both kernels of the block tier are made of: who owns what, tiles of shared memory.
 //
-//   H       padded hidden size, a template constant: one of FB_LSTM_BLOCK_CLASSES
-//   tiles   batch rows of a block in units of 8, the N of mma m16n8k16: 1 or 2
+//   H       padded hidden size, a template constant: one of FB_LSTM_BLOCK_CLASSES_...
+//   tiles   batch rows of a block in units of 8, the N of mma: 1 or 2
+//   passes  of mma over the operands: lstm_recurrence_operands.cuh
 //
 // A block has a warp for every 16 units. The product is written with the weights as its left operand and the batch as its
 // columns, so that weights stay where they are (in registers) and small batches waste little.
@@ -9,8 +10,7 @@
 
 #include "cuda/lstm_gates.cuh"
 #include "cuda/lstm_recurrence_block.h"
-#include "cuda/lstm_recurrence_views.cuh"
-#include "cuda/mma.h"
+#include "cuda/lstm_recurrence_operands.cuh"
 
 namespace fuseblock::lstm_block {
 
@@ -27,7 +27,7 @@ struct Thread {
   int first = threadIdx.x / 32 * kWarpUnits;  // of its warp's units
   int unit = first + lane / 4 * 2;            // of its own
   int row = lane % 4 * 2;                     // of its own, in each tile
-  int column = lane % 4 * 2;                  // of its own in each operand of mma, and two more 8 further on
+  int word = lane % 4;                        // of its own in each operand of mma, and one more 4 further on
 };
 
 // `rows` rows of `columns` elements in shared memory. A row is 16 bytes longer than its content (a multiple of 64 bytes), so
@@ -44,30 +44,16 @@ struct SharedRows {
   }
 };
 
-template <class T>
-FB_HD uint32_t bits(const Vec<T, 2>& x) {
-  return *reinterpret_cast<const uint32_t*>(&x);
-}
-
-template <class T>
-FB_HD Vec<T, 2> pair(T x, T y) {
-  Vec<T, 2> both;
-  both.element[0] = x;
-  both.element[1] = y;
-  return both;
-}
-
-// The right operands of two mma, k to k + 15 and k + 16 to k + 31, for the rows of one tile. The operand's columns are rows in
-// shared memory, as ldmatrix wants it.
-template <class T, int kRows, int kColumns>
-__device__ __forceinline__ void load_operands(uint32_t (&b)[2][2], SharedRows<T, kRows, kColumns>& from, int tile, int k,
-                                              const Thread& me) {
+// The right operands of two mma, for the rows of one tile and k from `column` on. The operand's columns are rows in shared
+// memory, as ldmatrix wants it.
+template <int kPasses, class T, int kRows, int kColumns>
+__device__ __forceinline__ void load_operands(RightOperand<T, kPasses> (&x)[2], SharedRows<T, kRows, kColumns>& from, int tile,
+                                              int column, const Thread& me) {
+  constexpr int kWidth = kVectorWidth<T>;
   uint32_t r[4];
-  ldmatrix<4>(r, &from.template at<8>(tile * kTileRows + me.lane % 8, k + me.lane / 8 * 8));
-  b[0][0] = r[0];
-  b[0][1] = r[1];
-  b[1][0] = r[2];
-  b[1][1] = r[3];
+  ldmatrix<4>(r, &from.template at<kWidth>(tile * kTileRows + me.lane % 8, column + me.lane / 8 * kWidth));
+  x[0] = right_operand<T, kPasses>(r[0], r[1]);
+  x[1] = right_operand<T, kPasses>(r[2], r[3]);
 }
 
 // What a warp moves between global and shared memory: 16-byte pieces of its 16 units of each row, in the dtype T.
@@ -115,7 +101,7 @@ struct UnitPieces {
 template <class T, int H, int kTiles>
 struct GatePieces {
   static constexpr int kWidth = kVectorWidth<T>;
-  static constexpr int kCount = kTiles * kGates / 2;
+  static constexpr int kPerTile = kGates * kParts<T> / 4, kCount = kTiles * kPerTile;  // pieces of a lane
   using Shared = SharedRows<T, kTiles * kTileRows, kGates * H>;
 
   Vec<T, kWidth> piece[kCount];
@@ -124,8 +110,9 @@ struct GatePieces {
   static FB_HD void each(const Thread& me, F f) {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
-      const int row = n / 2 * kTileRows + me.lane % kTileRows, gate = n % 2 * 2 + me.lane / 16;
-      f(n, row, me.first + me.lane / kTileRows % 2 * kWidth, gate);
+      const int row = n / kPerTile * kTileRows + me.lane % kTileRows, part = me.lane / kTileRows;
+      const int gate = n % kPerTile * 4 / kParts<T> + part / kParts<T>;
+      f(n, row, me.first + part % kParts<T> * kWidth, gate);
     }
   }
 
@@ -161,32 +148,40 @@ FB_HD void put_own_gates(SharedRows<T, kRows, kGates * H>& into, int row, int un
   into.template at<2>(row, 3 * H + unit) = x.o;
 }
 
-// Calls launch.operator()<T, H, tiles, aligned>(grid) for the kernel that fits; cudaSuccess where there is nothing to do.
+// Calls launch.operator()<H, tiles, aligned>(grid) for the kernel that fits; cudaSuccess where there is nothing to do.
 // Two tiles of rows share the weights of a block, but not its time: they pay where there are not enough multiprocessors for
-// one each. `one_tile`: never two.
-template <class Launch>
-cudaError_t dispatch(const LstmShape& shape, int dtype, const void* w_hh, bool aligned, bool one_tile, Launch launch) {
+// one each. `one_tile`: never two, as in float32.
+template <class T, class Launch>
+cudaError_t dispatch(const LstmShape& shape, const void* w_hh, bool aligned, bool one_tile, Launch launch) {
+  constexpr bool kFloat32 = std::is_same_v<T, float>;
   const bool valid = shape.steps > 0 && shape.steps <= INT32_MAX && shape.batch >= 0 && shape.hidden >= 0 &&
-                     shape.hidden <= kLstmBlockLargestHidden && (shape.directions == 1 || shape.directions == 2);
-  if (!valid || !are_aligned({w_hh}) || (dtype != kFloat16 && dtype != kBFloat16)) return cudaErrorInvalidValue;
+                     (shape.directions == 1 || shape.directions == 2);
+  if (!valid || !are_aligned({w_hh})) return cudaErrorInvalidValue;
   if (shape.batch == 0 || shape.hidden == 0) return cudaSuccess;
   const int64_t tiles = (shape.batch + kTileRows - 1) / kTileRows;
-  const bool two = aligned && !one_tile && tiles * shape.directions > shape.multiprocessors;
+  const bool two = !kFloat32 && aligned && !one_tile && tiles * shape.directions > shape.multiprocessors;
   const int64_t blocks = two ? (tiles + 1) / 2 : tiles;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(shape.directions));
-  const auto launch_class = [&]<class T, int H>() {
-    if (two) return launch.template operator()<T, H, 2, true>(grid);
-    return aligned ? launch.template operator()<T, H, 1, true>(grid) : launch.template operator()<T, H, 1, false>(grid);
+  const auto launch_class = [&]<int H>() {
+    if constexpr (!kFloat32) {
+      if (two) return launch.template operator()<H, 2, true>(grid);
+    }
+    return aligned ? launch.template operator()<H, 1, true>(grid) : launch.template operator()<H, 1, false>(grid);
   };
-#define FB_LSTM_BLOCK_CASE(H)                                                                     \
-  if (shape.hidden <= H) {                                                                        \
-    return dtype == kFloat16 ? launch_class.template operator()<__half, H>()                      \
-                             : launch_class.template operator()<__nv_bfloat16, H>();              \
+#define FB_LSTM_BLOCK_CASE(H) \
+  if (shape.hidden <= H) return launch_class.template operator()<H>();
+  if constexpr (kFloat32) {
+    FB_LSTM_BLOCK_CLASSES_FLOAT32(FB_LSTM_BLOCK_CASE)
+  } else {
+    FB_LSTM_BLOCK_CLASSES_16_BIT(FB_LSTM_BLOCK_CASE)
   }
-  FB_LSTM_BLOCK_CLASSES(FB_LSTM_BLOCK_CASE)
 #undef FB_LSTM_BLOCK_CASE
   return cudaErrorInvalidValue;
 }
+
+// The launchers' part in float32, which has a translation unit of its own: it takes as long to compile as they do.
+cudaError_t run_float32(const LstmFwd& op, void* stream);
+cudaError_t run_float32(const LstmBwd& op, void* stream);
 
 }  // namespace fuseblock::lstm_block

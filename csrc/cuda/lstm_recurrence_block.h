@@ -1,18 +1,18 @@
 // C interface of the recurrence's block tier: one block keeps w_hh of its direction in registers; blocks share nothing but
-// inputs. float16 and bfloat16, small H. Tensors: lstm_recurrence.h.
+// inputs. Small H. Tensors: lstm_recurrence.h.
 #pragma once
 
 #include "cuda/lstm_recurrence.h"
 
 namespace fuseblock {
 
-// The sizes that the kernels are compiled for, and the only list of them. Smaller H is padded with zero units up to the next.
-#define FB_LSTM_BLOCK_CLASSES(X) X(32) X(64) X(96) X(128)
-inline constexpr int kLstmBlockLargestHidden = 128;
+// The sizes that the kernels are compiled for, and the only lists of them. Smaller H is padded with zero units up to the next.
+#define FB_LSTM_BLOCK_CLASSES_16_BIT(X) X(32) X(64) X(96) X(128)
+#define FB_LSTM_BLOCK_CLASSES_FLOAT32(X) X(32) X(64)
 
 }  // namespace fuseblock
 
-// dtype: fuseblock::DType number of T. With more rows than 8 for each multiprocessor, a block takes 16.
+// dtype: fuseblock::DType number of T. With more rows than 8 for each multiprocessor, a block takes 16 (not in float32).
 extern "C" {
 int launch_lstm_block_fwd(const fuseblock::LstmFwd* op, int dtype, void* stream);
 int launch_lstm_block_bwd(const fuseblock::LstmBwd* op, int dtype, void* stream);

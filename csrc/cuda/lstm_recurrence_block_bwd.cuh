@@ -9,31 +9,38 @@
 
 namespace fuseblock::lstm_block {
 
-// Tiles (16 units by 16 gate rows k) of the transposed weights, as the left operand of mma has them: a thread reads its two
-// units of four rows k, and pairs what belongs to the same unit.
-template <class T, int H, class Slice>
-__device__ __forceinline__ void load_transposed_weights(uint32_t (&tiles)[kGates][H / 16][4], const T* w_hh,
+// Tiles (16 units by one step of gate rows k) of the transposed weights, as the left operand of mma has them: a thread reads
+// its two units of the rows that make two words, and puts together what belongs to the same unit.
+template <class T, int kPasses, int H, class Slice>
+__device__ __forceinline__ void load_transposed_weights(uint32_t (&tiles)[kGates][H / kStep<T>][4], const T* w_hh,
                                                         const Slice& slice, const Thread& me) {
 #pragma unroll
   for (int gate = 0; gate < kGates; ++gate) {
     const auto w = slice.weights(w_hh, gate);
 #pragma unroll
-    for (int k = 0; k < H / 16; ++k) {
+    for (int k = 0; k < H / kStep<T>; ++k) {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const int row = k * 16 + me.column + n * 8;
-        const Vec<T, 2> first = w.template load<2>(row, me.unit), second = w.template load<2>(row + 1, me.unit);
-        tiles[gate][k][2 * n] = bits(pair(first.element[0], second.element[0]));
-        tiles[gate][k][2 * n + 1] = bits(pair(first.element[1], second.element[1]));
+        Word<T> words[2];
+#pragma unroll
+        for (int m = 0; m < kWord<T>; ++m) {
+          const int row = k * kStep<T> + (me.word + n * 4) * kWord<T> + m;
+          const Vec<T, 2> both = w.template load<2>(row, me.unit);
+          words[0].element[m] = both.element[0];
+          words[1].element[m] = both.element[1];
+        }
+        tiles[gate][k][2 * n] = weight<T, kPasses>(words[0]);
+        tiles[gate][k][2 * n + 1] = weight<T, kPasses>(words[1]);
       }
     }
   }
 }
 
-template <class T, int H, int kTiles, bool kAligned>
+template <class T, int kPasses, int H, int kTiles, bool kAligned>
 __global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBwd op) {
   constexpr int kRows = kTiles * kTileRows;
-  constexpr bool kEarly = H <= 64;  // whether c is asked for a turn ahead; else the product, longer there, hides the wait
+  // Whether c is asked for a turn ahead; else the product, longer there, hides the wait.
+  constexpr bool kEarly = H / kStep<T> <= 4;
   constexpr bool kExtras = kTiles == 1;  // d_gates and d_c may be there
   using Hidden = SharedRows<T, kRows, H>;
   using Gates4 = SharedRows<T, kRows, kGates * H>;
@@ -57,8 +64,8 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBwd 
   dgx.move(last);
   const bool has_dy = op.dy.data != nullptr;
 
-  uint32_t weights[kGates][H / 16][4];
-  load_transposed_weights<T, H>(weights, static_cast<const T*>(op.w_hh), slice, me);
+  uint32_t weights[kGates][H / kStep<T>][4];
+  load_transposed_weights<T, kPasses, H>(weights, static_cast<const T*>(op.w_hh), slice, me);
 
   const auto load_c = [&](Vec<float, 2>(&c)[kTiles][2], const auto& from) {
 #pragma unroll
@@ -169,17 +176,17 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBwd 
     }
 
     // W^T dgates for all rows, in a sum per gate: one chain of mma would be four times as long.
-    float sum[kGates][kTiles][4] = {};
+    Sum<kPasses> sum[kGates][kTiles];
 #pragma unroll
-    for (int k = 0; k < H / 16; k += 2) {
+    for (int k = 0; k < H / kStep<T>; k += 2) {
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate) {
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-          uint32_t operands[2][2];
-          load_operands(operands, dgates, tile, gate * H + k * 16, me);
+          RightOperand<T, kPasses> x[2];
+          load_operands(x, dgates, tile, gate * H + k * kStep<T>, me);
 #pragma unroll
-          for (int n = 0; n < 2; ++n) mma_m16n8k16<T>(sum[gate][tile], weights[gate][k + n], operands[n]);
+          for (int n = 0; n < 2; ++n) multiply(sum[gate][tile], weights[gate][k + n], x[n]);
         }
       }
     }
@@ -213,6 +220,24 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBwd 
     dh0.store(row, me.unit, dh_out);
     dc0.store(row, me.unit, dc_out);
   }
+}
+
+template <class T, int kPasses>
+cudaError_t run(const LstmBwd& op, void* stream) {
+  if (!fits(op.dy)) return cudaErrorInvalidValue;
+  const bool aligned = op.shape.hidden % kVectorWidth<T> == 0 && is_aligned(op.dy, kVectorWidth<T>) &&
+                       are_aligned({op.dh_n, op.dc_n, op.d_gates, op.d_c, op.gates, op.c, op.c0, op.dgx, op.dh0, op.dc0});
+  // One tile leaves registers for gradients that only second derivatives bring, and for the weights of the largest class.
+  constexpr int kLargestOfTwoTiles = 96;
+  const bool one_tile = op.d_gates != nullptr || op.d_c != nullptr || op.shape.hidden > kLargestOfTwoTiles;
+  return dispatch<T>(op.shape, op.w_hh, aligned, one_tile, [&]<int H, int kTiles, bool kAligned>(dim3 grid) {
+    if constexpr (kTiles == 2 && H > kLargestOfTwoTiles) {
+      return cudaErrorInvalidValue;
+    } else {
+      FB_LAUNCH((lstm_block_bwd_kernel<T, kPasses, H, kTiles, kAligned>), grid, dim3(2 * H), 0, stream, op);
+      return cudaGetLastError();
+    }
+  });
 }
 
 }  // namespace fuseblock::lstm_block

@@ -5,25 +5,26 @@
 
 namespace fuseblock::lstm_block {
 
-// Tiles (16 units by 16 columns k) of each gate's weights, as the left operand of mma has them.
-template <class T, int H, class Slice>
-__device__ __forceinline__ void load_weights(uint32_t (&tiles)[kGates][H / 16][4], const T* w_hh, const Slice& slice,
+// Tiles (16 units by one step of columns k) of each gate's weights, as the left operand of mma has them.
+template <class T, int kPasses, int H, class Slice>
+__device__ __forceinline__ void load_weights(uint32_t (&tiles)[kGates][H / kStep<T>][4], const T* w_hh, const Slice& slice,
                                              const Thread& me) {
 #pragma unroll
   for (int gate = 0; gate < kGates; ++gate) {
     const auto w = slice.weights(w_hh, gate);
     __syncwarp();  // one gate after the other, or addresses take the registers of weights
 #pragma unroll
-    for (int k = 0; k < H / 16; ++k) {
+    for (int k = 0; k < H / kStep<T>; ++k) {
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        tiles[gate][k][n] = bits(w.template load<2>(me.unit + n % 2, k * 16 + me.column + n / 2 * 8));
+        const int word = me.word + n / 2 * 4;
+        tiles[gate][k][n] = weight<T, kPasses>(w.template load<kWord<T>>(me.unit + n % 2, k * kStep<T> + word * kWord<T>));
       }
     }
   }
 }
 
-template <class T, int H, int kTiles, bool kAligned>
+template <class T, int kPasses, int H, int kTiles, bool kAligned>
 __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmFwd op) {
   constexpr int kRows = kTiles * kTileRows, kWidth = kVectorWidth<T>;
   using Hidden = SharedRows<T, kRows, H>;
@@ -42,8 +43,8 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmFwd 
   const bool saves = op.gates != nullptr;
 
   // Before the first step: the weights, for good; h0, c0 and the first gx.
-  uint32_t weights[kGates][H / 16][4];
-  load_weights<T, H>(weights, static_cast<const T*>(op.w_hh), slice, me);
+  uint32_t weights[kGates][H / kStep<T>][4];
+  load_weights<T, kPasses, H>(weights, static_cast<const T*>(op.w_hh), slice, me);
 
   UnitPieces<T, kTiles> h0;
   h0.load(slice.state(static_cast<const T*>(op.h0)), me);
@@ -72,18 +73,18 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmFwd 
       arriving.load(gx, me);
     }
 
-    // W h for all rows; the sums of a gate and a tile are one chain of mma.
-    float sum[kGates][kTiles][4] = {};
+    // W h for all rows; the sums of a gate and a tile are one chain of mma, of three passes two.
+    Sum<kPasses> sum[kGates][kTiles];
 #pragma unroll
-    for (int k = 0; k < H / 16; k += 2) {
+    for (int k = 0; k < H / kStep<T>; k += 2) {
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        uint32_t operands[2][2];
-        load_operands(operands, h_before, tile, k * 16, me);
+        RightOperand<T, kPasses> x[2];
+        load_operands(x, h_before, tile, k * kStep<T>, me);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
-          for (int gate = 0; gate < kGates; ++gate) mma_m16n8k16<T>(sum[gate][tile], weights[gate][k + n], operands[n]);
+          for (int gate = 0; gate < kGates; ++gate) multiply(sum[gate][tile], weights[gate][k + n], x[n]);
         }
       }
     }
@@ -138,6 +139,17 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmFwd 
   for (int n = 0; n < 2 * kTiles; ++n) {
     c_n.store(n / 2 * kTileRows + me.row + n % 2, me.unit, c[n / 2][n % 2]);
   }
+}
+
+template <class T, int kPasses>
+cudaError_t run(const LstmFwd& op, void* stream) {
+  if (!fits(op.gx)) return cudaErrorInvalidValue;
+  const bool aligned = op.shape.hidden % kVectorWidth<T> == 0 && is_aligned(op.gx, kVectorWidth<T>) &&
+                       are_aligned({op.h0, op.c0, op.y, op.h_n, op.c_n, op.gates, op.c});
+  return dispatch<T>(op.shape, op.w_hh, aligned, false, [&]<int H, int kTiles, bool kAligned>(dim3 grid) {
+    FB_LAUNCH((lstm_block_fwd_kernel<T, kPasses, H, kTiles, kAligned>), grid, dim3(2 * H), 0, stream, op);
+    return cudaGetLastError();
+  });
 }
 
 }  // namespace fuseblock::lstm_block

@@ -12,8 +12,16 @@ namespace fuseblock::lstm_recurrence {
 
 inline constexpr int kTileRows = 8, kGates = 4;  // rows of the batch that a tensor core's instruction takes; i, f, g, o
 
+// As a register of mma or ldmatrix.
+template <class T, int N>
+FB_HD uint32_t bits(const Vec<T, N>& x) {
+  static_assert(sizeof(x) == 4);
+  return *reinterpret_cast<const uint32_t*>(&x);
+}
+
 // A view of a slice's part of a tensor in global memory, one time step of it. Outside of the tensor, loads give zeros and
-// stores do nothing. kAligned: H % 8 == 0 and rows start at multiples of 16 bytes, so that whole pieces are in or out.
+// stores do nothing. kAligned: H is a multiple of what 16 bytes hold, and rows start at such multiples, so that
+// pieces of 16 bytes are in or out as a whole.
 template <class T, bool kAligned>
 struct Window {
   using Element = std::remove_const_t<T>;
@@ -112,12 +120,15 @@ struct Slice {
   }
 };
 
-// Whether 16-byte pieces of the tensors are aligned, where H allows it (H % 8 == 0). Absent tensors do not object.
+// Elements of T, float16, bfloat16 or float32, in a piece of 16 bytes.
+inline int piece_of(int dtype) { return dtype == kFloat32 ? 4 : 8; }
+
+// Whether 16-byte pieces of the tensors are aligned, where H allows it (H % piece == 0). Absent tensors do not object.
 inline bool are_aligned(std::initializer_list<const void*> tensors) {
   return std::all_of(tensors.begin(), tensors.end(), [](const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; });
 }
-inline bool is_aligned(const Sequence& x) {
-  return are_aligned({x.data}) && (x.data == nullptr || (x.step_stride % 8 == 0 && x.row_stride % 8 == 0));
+inline bool is_aligned(const Sequence& x, int piece) {
+  return are_aligned({x.data}) && (x.data == nullptr || (x.step_stride % piece == 0 && x.row_stride % piece == 0));
 }
 
 // Whether the rows of a slice, at most 64, lie within 32-bit offsets.

@@ -54,6 +54,23 @@ __device__ __forceinline__ uint32_t round_to_tf32(float x) {
   return bits;
 }
 
+// Operands of mma_m16n8k8_tf32 that make up x: high, which it takes as x rounded to TF32, and low = x - high, of whose 12 bits
+// it ignores at most one; low is NaN if x is, or is infinite. volatile: or both parts of an x that stays in its register would
+// be made ahead of a loop, and take two. (cvt.rna, which keeps NaN, is four instructions.)
+__device__ __forceinline__ void split_tf32(float x, uint32_t& high, uint32_t& low) {
+  float rest;
+  asm volatile(
+      "{\n"
+      ".reg .b32 rounded;\n"
+      "add.u32 %0, %2, 0x1000;\n"
+      "and.b32 rounded, %0, 0xffffe000;\n"
+      "sub.f32 %1, %3, rounded;\n"
+      "}"
+      : "=&r"(high), "=f"(rest)
+      : "r"(__float_as_uint(x)), "f"(x));
+  low = __float_as_uint(rest);
+}
+
 // Register n of every lane: elements 2 pair and 2 pair + 1 of row `group` of the n-th (8, 8) matrix of 16-bit elements.
 // Lane 8 n + r passes the address, in shared memory and a multiple of 16, of row r of matrix n; lanes from 8 N on pass any.
 // (16, 16) row major A: rows r and columns 0, rows + 8, columns + 8, both. (16, 8) B stored as its transpose: k, k + 8.

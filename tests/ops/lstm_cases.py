@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,13 +96,18 @@ def _cast(values: Sequence[Tensor | None], dtype: torch.dtype) -> list[Any]:
     return [v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
 
 
-def check_forward(ops: Any, case: LstmCase, dtype: torch.dtype) -> float:
-    """Check ops.lstm_recurrence with and without saved state."""
+def _stock(of: Callable[..., Any], tensors: Sequence[Tensor | None], dtype: torch.dtype, tf32: bool) -> Any:
+    """What stock PyTorch computes; with `tf32`, operands of the recurrent product are rounded to it."""
+    return of(*_cast(tensors, dtype), **({"operand": plain_lstm.tf32} if tf32 else {}))
+
+
+def check_forward(ops: Any, case: LstmCase, dtype: torch.dtype, tf32: bool = False) -> float:
+    """Check ops.lstm_recurrence with and without saved state. tf32: the bound is that of such products."""
 
     def run(draw: LstmCase) -> tuple[Draw, Draw]:
         *tensors, lengths = draw.inputs(dtype)
         want = plain_lstm.forward(*_cast(tensors, torch.float64), lengths)
-        stock = plain_lstm.forward(*_cast(tensors, dtype), lengths)
+        stock = _stock(plain_lstm.forward, [*tensors, lengths], dtype, tf32)
         with poisoned_outputs():
             got = ops.lstm_recurrence(*tensors, lengths, None, True)
             short = ops.lstm_recurrence(*tensors, lengths, None, False)
@@ -136,15 +141,15 @@ def _only(values: list[Any], given: tuple[int, ...] | None, none: bool) -> list[
 
 
 def check_backward(
-    ops: Any, case: LstmCase, dtype: torch.dtype, given: tuple[int, ...] | None = None
+    ops: Any, case: LstmCase, dtype: torch.dtype, given: tuple[int, ...] | None = None, tf32: bool = False
 ) -> float:
-    """Check ops.lstm_recurrence_bwd; only the cotangents whose place is in `given` are there."""
+    """Check ops.lstm_recurrence_bwd; only the cotangents whose place is in `given` are there. tf32: as in the forward."""
 
     def run(draw: LstmCase) -> Draw:
         cotangents, saved = _backward_inputs(draw, dtype)
         zeros = _only(cotangents, given, none=False)
         want = plain_lstm.backward(*_cast([*zeros, *saved], torch.float64))
-        stock = plain_lstm.backward(*_cast([*zeros, *saved], dtype))
+        stock = _stock(plain_lstm.backward, [*zeros, *saved], dtype, tf32)
         if case.proj is None:
             want, stock = (*want[:3], torch.empty(0)), (*stock[:3], torch.empty(0))
         with poisoned_outputs():

@@ -6,6 +6,8 @@ code with the package.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,15 @@ def step_backward(
     return delta, dc_total * f, dc_total
 
 
+def tf32(x: Tensor) -> Tensor:
+    """X with 10 bits of mantissa, ties away from zero: what tensor cores take of float32 operands."""
+    return ((x.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).to(x.dtype)
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x
+
+
 def _order(n_steps: int, direction: int) -> list[int]:
     return list(range(n_steps)) if direction == 0 else list(reversed(range(n_steps)))
 
@@ -47,9 +58,18 @@ def _active(lengths: Tensor | None, t: int, batch: int) -> Tensor:
 
 
 def forward(
-    gx: Tensor, h0: Tensor, c0: Tensor, w_hh: Tensor, w_hr: Tensor | None, lengths: Tensor | None
+    gx: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    lengths: Tensor | None,
+    operand: Callable[[Tensor], Tensor] = _exact,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, h_n, c_n, gates, c) of the op `lstm_recurrence`, without rounding to 16 bit between steps."""
+    """(y, h_n, c_n, gates, c) of the op `lstm_recurrence`, without rounding to 16 bit between steps.
+
+    operand: what is done to both operands of the recurrent product.
+    """
     n_steps, batch, _ = gx.shape
     parts: list[list[Tensor]] = [[], [], [], [], []]
     for d in range(w_hh.shape[0]):
@@ -59,7 +79,7 @@ def forward(
         gates: dict[int, Tensor] = {}
         cells: dict[int, Tensor] = {}
         for t in _order(n_steps, d):
-            m, c_new, acts = step(gx_d[t] + h @ w_hh[d].T, c)
+            m, c_new, acts = step(gx_d[t] + operand(h) @ operand(w_hh[d]).T, c)
             if w_hr is not None:
                 m = m @ w_hr[d].T
             on = _active(lengths, t, batch)
@@ -91,8 +111,12 @@ def backward(
     w_hh: Tensor,
     w_hr: Tensor | None,
     lengths: Tensor | None,
+    operand: Callable[[Tensor], Tensor] = _exact,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dgx, dh0, dc0, dh) of the op `lstm_recurrence_bwd`, as a differentiable function of its tensors."""
+    """(dgx, dh0, dc0, dh) of the op `lstm_recurrence_bwd`, as a differentiable function of its tensors.
+
+    operand: what is done to both operands of the recurrent product.
+    """
     n_steps, batch, _ = gates.shape
     directions = w_hh.shape[0]
     dgx, dh0, dc0, dh = [], [], [], []
@@ -112,7 +136,7 @@ def backward(
             delta, dc_prev, _ = step_backward(gates_d[t], c_prev, c_d[t], dm, dc, ext[t])
             delta = torch.where(on, delta, 0)
             carry_c = torch.where(on, dc_prev, dc)
-            carry_h = torch.where(on, delta @ w_hh[d], carry_h)
+            carry_h = torch.where(on, operand(delta) @ operand(w_hh[d]), carry_h)
             deltas[t], totals[t] = delta, total
         dgx.append(torch.stack([deltas[t] for t in range(n_steps)]))
         dh.append(torch.stack([totals[t] for t in range(n_steps)]))

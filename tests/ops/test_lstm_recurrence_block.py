@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -21,9 +22,12 @@ from ..emulator import load_recurrence
 from ..emulator.build import ROOT
 from .lstm_cases import LstmCase, check_backward, check_forward
 
-DTYPES = [torch.float16, torch.bfloat16]
+#: Dtypes with the passes of mma over operands.
+KINDS = [(torch.float16, 1), (torch.bfloat16, 1), (torch.float32, 1), (torch.float32, 3)]
 BLOCK = resident_recurrence.TIERS["block"]
 BATCHES, HIDDENS, STEPS = (1, 3, 8, 17), (24, 40, 100, 128), (1, 2, 33)
+#: Instead of these H in float32: every kernel, and what fills words of 16 bytes but not 8 columns.
+HIDDENS_FLOAT32 = {24: 30, 40: 28, 100: 45, 128: 64}
 
 
 class BlockOps:
@@ -37,6 +41,25 @@ class BlockOps:
 
     def lstm_recurrence_bwd(self, *args: Any) -> tuple[Tensor, ...]:
         return resident_recurrence.lstm_recurrence_bwd(BLOCK, self.kernels, *args)
+
+
+@contextmanager
+def passes_of_float32(count: int) -> Iterator[None]:
+    """PyTorch may, with 1, or may not, with 3, round the operands of float32 products to TF32 meanwhile."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = count == 1
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
+
+
+def check(block: BlockOps, problem: LstmCase, dtype: torch.dtype, passes: int, **options: Any) -> None:
+    tf32 = dtype == torch.float32 and passes == 1
+    with passes_of_float32(passes):
+        check_forward(block, problem, dtype, tf32=tf32)
+        check_backward(block, problem, dtype, tf32=tf32, **options)
 
 
 @pytest.fixture
@@ -57,7 +80,8 @@ def case(steps: int, batch: int, hidden: int, directions: int, with_lengths: boo
     return LstmCase(steps, batch, hidden, directions, None, lengths)
 
 
-#: Every pair of values of two different columns occurs: steps, batch, hidden, directions, lengths, multiprocessors.
+#: Every pair of values of two different columns occurs: steps, batch, hidden, directions, lengths, multiprocessors. The
+#: last says in float32, where a block never takes 16 rows, whether it is one pass (1) or three.
 PAIRWISE = [
     (2, 1, 24, 1, False, 132),
     (33, 3, 24, 2, True, 1),
@@ -78,34 +102,39 @@ PAIRWISE = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("sizes", PAIRWISE, ids=str)
 def test_parity(block: BlockOps, sizes: tuple[Any, ...], dtype: torch.dtype) -> None:
-    *problem, block.kernels.multiprocessors = sizes
-    check_forward(block, case(*problem), dtype)
-    check_backward(block, case(*problem), dtype)
+    steps, batch, hidden, directions, with_lengths, block.kernels.multiprocessors = sizes
+    if dtype == torch.float32:
+        hidden = HIDDENS_FLOAT32[hidden]
+    passes = 3 if sizes[-1] > 1 else 1
+    check(block, case(steps, batch, hidden, directions, with_lengths), dtype, passes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "passes"), KINDS, ids=str)
 @pytest.mark.parametrize("multiprocessors", [132, 1])
 @pytest.mark.parametrize("hidden", HIDDENS)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_parity_of_every_size(
-    block: BlockOps, batch: int, hidden: int, multiprocessors: int, dtype: torch.dtype
+    block: BlockOps, batch: int, hidden: int, multiprocessors: int, dtype: torch.dtype, passes: int
 ) -> None:
     block.kernels.multiprocessors = multiprocessors
+    if dtype == torch.float32 and multiprocessors == 1:
+        hidden = HIDDENS_FLOAT32[hidden]
+    hidden = min(hidden, BLOCK.largest_hidden(dtype, H200))
     for steps, directions, with_lengths in itertools.product(STEPS, (1, 2), (False, True)):
         block.kernels.set_seed(steps + directions)
-        check_forward(block, case(steps, batch, hidden, directions, with_lengths), dtype)
-        check_backward(block, case(steps, batch, hidden, directions, with_lengths), dtype)
+        check(block, case(steps, batch, hidden, directions, with_lengths), dtype, passes)
 
 
 @pytest.mark.parametrize("multiprocessors", [132, 1])
-def test_threads_in_any_order(block: BlockOps, multiprocessors: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_threads_in_any_order(block: BlockOps, dtype: torch.dtype, multiprocessors: int) -> None:
     """Bit for bit: the kernels wait where they must, and nothing depends on who comes first."""
     block.kernels.multiprocessors = multiprocessors
-    *tensors, lengths = case(5, 9, 40, 2, True).inputs(torch.bfloat16)
+    *tensors, lengths = case(5, 9, 40, 2, True).inputs(dtype)
     results = []
     for seed in (0, 1, 2):
         block.kernels.set_seed(seed)
@@ -119,8 +148,9 @@ def test_threads_in_any_order(block: BlockOps, multiprocessors: int) -> None:
 @pytest.mark.parametrize("multiprocessors", [132, 1])
 def test_absent_gradients_mean_zeros(block: BlockOps, multiprocessors: int) -> None:
     block.kernels.multiprocessors = multiprocessors
+    dtype = torch.bfloat16 if multiprocessors == 1 else torch.float32
     for given in [(), (0,), (1,), (2,), (3,), (4,), (0, 1, 2)]:
-        check_backward(block, case(4, 3, 40, 2, True), torch.bfloat16, given=given)
+        check_backward(block, case(4, 3, 40, 2, True), dtype, given=given)
 
 
 def test_blocks(block: BlockOps) -> None:
@@ -147,8 +177,9 @@ def test_blocks(block: BlockOps) -> None:
 
 
 @pytest.mark.parametrize("layout", ["batch first", "sliced", "shifted", "expanded"])
-def test_layouts(block: BlockOps, layout: str) -> None:
-    gx, h0, c0, w_hh, _, _ = case(4, 3, 40, 2, False).inputs(torch.bfloat16)
+@pytest.mark.parametrize(("dtype", "hidden"), [(torch.bfloat16, 40), (torch.float32, 28)], ids=str)
+def test_layouts(block: BlockOps, dtype: torch.dtype, hidden: int, layout: str) -> None:
+    gx, h0, c0, w_hh, _, _ = case(4, 3, hidden, 2, False).inputs(dtype)
     y, h_n, c_n, gates, c = block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
     saved = (gates, c, c0, w_hh, None, None, None)
     dy = torch.ones_like(y)
@@ -185,12 +216,14 @@ def test_what_inactive_rows_must_ignore_may_be_nan(block: BlockOps) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_rows_do_not_touch_each_other(block: BlockOps) -> None:
+@pytest.mark.parametrize(("dtype", "passes"), KINDS, ids=str)
+def test_rows_do_not_touch_each_other(block: BlockOps, dtype: torch.dtype, passes: int) -> None:
     """A row that is not a number stays alone in its tile."""
-    gx, h0, c0, w_hh, _, _ = case(3, 4, 24, 1, False).inputs(torch.float16)
-    want, *_ = block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
-    gx[0, 2] = float("nan")
-    got, *_ = block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
+    gx, h0, c0, w_hh, _, _ = case(3, 4, 24, 1, False).inputs(dtype)
+    with passes_of_float32(passes):
+        want, *_ = block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
+        gx[0, 2] = float("nan")
+        got, *_ = block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
     assert got[:, 2].isnan().all()
     others = [0, 1, 3]
     assert torch.equal(got[:, others], want[:, others])
@@ -211,32 +244,35 @@ def test_nothing_to_do(block: BlockOps, empty: str) -> None:
 
 def test_sizes_are_those_of_the_header(block: BlockOps) -> None:
     header = (ROOT / "csrc" / "cuda" / "lstm_recurrence_block.h").read_text()
-    classes = [int(x) for x in re.findall(r"X\((\d+)\)", header)]
-    assert classes == sorted(classes)
-    assert classes[-1] == BLOCK.largest_hidden(torch.float16, H200)
-    gx, h0, c0, w_hh, _, _ = case(1, 1, classes[-1] + 1, 1, False).inputs(torch.float16)
-    with pytest.raises(ValueError, match="cudaError 1"):
-        block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
-    gx, h0, c0, w_hh, _, _ = case(1, 1, 8, 1, False).inputs(torch.float32)
-    with pytest.raises(ValueError, match="cudaError 1"):
-        block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
+    largest = {}
+    for name, dtypes in {"16_BIT": (torch.float16, torch.bfloat16), "FLOAT32": (torch.float32,)}.items():
+        line = next(line for line in header.splitlines() if f"CLASSES_{name}(X)" in line)
+        classes = [int(x) for x in re.findall(r"X\((\d+)\)", line)]
+        assert classes == sorted(classes)
+        largest |= dict.fromkeys(dtypes, classes[-1])
+    assert largest == {dtype: BLOCK.largest_hidden(dtype, H200) for dtype in BLOCK.dtypes}
+    for dtype, hidden in [*((dtype, most + 1) for dtype, most in largest.items()), (torch.float64, 8)]:
+        gx, h0, c0, w_hh, _, _ = case(1, 1, hidden, 1, False).inputs(dtype)
+        with pytest.raises(ValueError, match="cudaError 1"):
+            block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
 
 
 DECLINED = {
-    "float32": (LstmCase(2, 3, 24, 1, None, None), torch.float32, "float16 and bfloat16"),
+    "float64": (LstmCase(2, 3, 24, 1, None, None), torch.float64, "float16 and bfloat16 and float32"),
     "large": (LstmCase(2, 3, 129, 1, None, None), torch.float16, "H = 129"),
+    "large float32": (LstmCase(2, 3, 65, 1, None, None), torch.float32, "H = 65"),
     "projection": (LstmCase(2, 3, 24, 1, 8, None), torch.bfloat16, "projection"),
 }
 
 
 @pytest.mark.parametrize("kind", DECLINED)
-def test_declined_calls_run_per_step_and_say_why(kind: str) -> None:
+def test_declined_calls_run_elsewhere_and_say_why(kind: str) -> None:
     problem, dtype, reason = DECLINED[kind]
     args = (*problem.inputs(dtype), None, True)
     with available("cuda"), fuseblock.backend("cuda"):
         explanation = dict(fuseblock.explain("lstm_recurrence", *args).reasons)
         assert reason in str(explanation["cuda (block)"])
-        assert dispatch.choose("lstm_recurrence", args).variant == "per step"
+        assert dispatch.choose("lstm_recurrence", args).variant != "block"
 
 
 def test_chosen_before_per_step_but_not_for_second_derivatives() -> None:

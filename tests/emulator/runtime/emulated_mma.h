@@ -127,6 +127,11 @@ inline uint32_t round_to_tf32(float x) {
   return (bits + 0x1000u) & ~0x1fffu;
 }
 
+inline void split_tf32(float x, uint32_t& high, uint32_t& low) {
+  high = __float_as_uint(x) + 0x1000u;
+  low = __float_as_uint(x - __uint_as_float(high & ~0x1fffu));
+}
+
 template <int N>
 void ldmatrix(uint32_t (&r)[N], const void* row) {
   emulated::need_whole_warp("ldmatrix");
