@@ -19,7 +19,11 @@ _NEXT_GATE = {"i": "f", "f": "g", "g": "o", "o": "i"}
 _NEXT_GRADIENT = {"di": "df", "df": "dg", "dg": "d_o", "d_o": "di"}  # C++ has a keyword `do`
 _GATE_NAME = re.compile(r"((?:\w*_)?|d)([ifgo])")
 _ZERO_ONE = re.compile(r"([01])(\.0?f?|\.f)?")
-_BARRIER = re.compile(r"(?:\w+\.)*(?:wait|__sync\w+|sync|\w*barrier\w*)\(")
+_BARRIER = re.compile(
+    r"(?:\w+\.)*\w*(?:wait|(?<!a)sync|barrier|arrive|fence|expect|commit|leave)\w*(?:<\w+>)?\("
+)
+#: Subscripts made of these alone are known when the compiler runs: sizes of arrays, places in registers.
+_CONSTANT = re.compile(r"k?[A-Z]\w*|sizeof|static_cast|int|unsigned")
 _DECLARATION = re.compile(
     "return|const|using|for|if|while|do|typedef|template|constexpr|static|typename|auto|struct|switch|case|break|"
     "continue|namespace|public|private|extern|inline|explicit|default|goto"
@@ -51,7 +55,7 @@ def generate(path: str, text: str) -> list[Mutant]:
     """All mutants of a file, in the order of its lines, each different from all others."""
     tokens = Tokens(text, path.endswith(".py"))
     mutants: dict[str, Mutant] = {}
-    for operator, start, end, replacement in _edits(tokens):
+    for operator, start, end, replacement in _edits(path, tokens):
         mutated = text[:start] + replacement + text[end:]
         if mutated != text and mutated not in mutants:
             first = text.rfind("\n", 0, start) + 1
@@ -72,12 +76,14 @@ def _squeezed(lines: str) -> str:
 _Edit = tuple[str, int, int, str]
 
 
-def _edits(tokens: Tokens) -> Iterator[_Edit]:
+def _edits(path: str, tokens: Tokens) -> Iterator[_Edit]:
     for n, token in enumerate(tokens.list):
         yield from _of_operators(tokens, n, token)
         yield from _of_constants(tokens, n, token)
         yield from _of_gates(tokens, n, token)
         yield from _of_masks(tokens, n, token)
+        if path.endswith((".cu", ".cuh")):
+            yield from _of_buffers(tokens, n, token)
     yield from _of_statements(tokens)
 
 
@@ -171,6 +177,19 @@ def _of_python_if(tokens: Tokens, n: int) -> Iterator[_Edit]:
     yield "mask", *span, "False"
     if not statement:
         yield "mask", *span, "True"
+
+
+def _of_buffers(tokens: Tokens, n: int, token: Token) -> Iterator[_Edit]:
+    """What threads exchange goes to the first place of all, or to the other one of two; a barrier has the other parity."""
+    if token.text == "[" and n > 0 and _is_operand(tokens.list[n - 1]):
+        names = [t.text for t in tokens.list[n + 1 : token.match] if t.kind == "name"]
+        if not all(map(_CONSTANT.fullmatch, names)):
+            yield "slot", token.end, tokens.list[token.match].start, "0"
+    if token.text == "%" and token.binary and tokens.list[n + 1].text == "2":
+        first = tokens.left_operand(n, chain=True)
+        assert first is not None
+        start, end = tokens.list[first].start, tokens.list[n - 1].end
+        yield "parity", start, end, f"({tokens.text[start:end]} + 1)"
 
 
 def _of_statements(tokens: Tokens) -> Iterator[_Edit]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from .sources import ROOT, SOURCES, Source
 from .switches import Switched
 
 SEED, SAMPLE = 0, 12
+BARRIERS = ["mbarrier_wait", "if ", "copy_bulk_wait<0>", "cluster_sync"]
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +75,33 @@ template <class T> void f(V* x, int n) {  // a + b
         ("mask", "y = true ? a : b;"),
     }
     assert not any("#" in line or "template" in line for _, line in got)
+
+
+def test_mutants_of_barriers_and_buffers() -> None:
+    text = """
+void f(uint64_t* ready) {
+  float sums[kTiles][2];
+  mbarrier_wait(&ready[step % 2], step / 2 % 2);
+  if (first) mbarrier_arrive_expect(&ready[0], bytes);
+  for (int n = 0; n < kParts; ++n) total += shared.part[1][n];
+  copy_bulk_wait<0>();
+  store_async(to, x, ready);
+  cluster_sync();
+}
+"""
+    got = mutated("x.cuh", text)
+    assert got >= {
+        ("barrier", ";"),
+        ("parity", "mbarrier_wait(&ready[(step + 1) % 2], step / 2 % 2);"),
+        ("parity", "mbarrier_wait(&ready[step % 2], (step / 2 + 1) % 2);"),
+        ("slot", "mbarrier_wait(&ready[0], step / 2 % 2);"),
+        ("barrier", "if (first) ;"),
+        ("slot", "for (int n = 0; n < kParts; ++n) total += shared.part[1][0];"),
+    }
+    kinds = Counter(operator for operator, _ in got)
+    assert (kinds["slot"], kinds["parity"]) == (2, 2), "sizes of arrays are left alone"
+    removed = [m for m in generate("x.cuh", text) if m.operator == "barrier"]
+    assert [m.original.split("(")[0] for m in removed] == BARRIERS
 
 
 def test_switches_contain_every_mutant_and_the_original() -> None:

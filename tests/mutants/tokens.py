@@ -108,9 +108,12 @@ class Tokens:
             k += 1
         return k - 1
 
-    def left_operand(self, n: int) -> int | None:
-        """The index of the first token on the left of ``n``; None where an operator of the same strength precedes."""
-        level, k = LEVELS[self.list[n].text], n - 1
+    def left_operand(self, n: int, chain: bool = False) -> int | None:
+        """The index of the first token on the left of ``n``; None where an operator of the same strength precedes.
+
+        chain: operators of the same strength belong to what is on the left.
+        """
+        level, k = LEVELS[self.list[n].text] - chain, n - 1
         while k >= 0 and not self._ends_expression(k, level):
             token = self.list[k]
             if 0 <= token.match < k:
@@ -118,7 +121,7 @@ class Tokens:
             elif token.match >= 0:
                 break
             k -= 1
-        same = k >= 0 and self.list[k].binary and LEVELS[self.list[k].text] == level
+        same = not chain and k >= 0 and self.list[k].binary and LEVELS[self.list[k].text] == level
         return None if same else k + 1
 
     def arguments(self, opening: int) -> list[tuple[int, int]]:
