@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import cases as registry
-from benchmarks import console, machine, runner, summary
+from benchmarks import console, machine, runner, summary, tune
 from benchmarks import providers as peers
 from benchmarks.suites import SUITES, Suite
 
@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure fuseblock against PyTorch and ONNX Runtime. Speed is shown for right results only.",
+        epilog="python -m benchmarks tune measures the table of this GPU that dispatch reads: tune --help",
     )
     add = parser.add_argument
     add("--case", "--only", dest="case", action="append", metavar="GLOB", help="cases to run (repeatable)")
@@ -133,6 +134,8 @@ def main(argv: Sequence[str] | None = None, suites: tuple[Suite, ...] = SUITES) 
         0, or 1 if a row of fuseblock is red or failed, or 2 for a usage error.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["tune"]:
+        return tune.main(argv[1:])
     args = _parser().parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda, but PyTorch sees no CUDA device", file=sys.stderr)

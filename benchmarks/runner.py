@@ -125,7 +125,8 @@ def run(
                 yield from _measure(suite, case, mode, providers, settings, ceilings)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An error as text for a table."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else 'no message'}"[:300]
 
@@ -172,7 +173,7 @@ def _measure(
                 stock_results = results
             verdict = suite.verdict(evaluate, provider, problem, results, reference, stock_results, dtype)
         except Exception as error:
-            row.status, row.reason = FAILED, _one_line(error)
+            row.status, row.reason = FAILED, one_line(error)
             continue
         _note_verdict(row, verdict)
         runnables[provider.name] = Runnable(step, context)

@@ -63,6 +63,13 @@ def stock_module(
     return layer
 
 
+def draw_lengths(case: Case, generator: torch.Generator) -> Tensor:
+    """Evenly spread lengths (B,) with the wanted mean and the longest equal to T, in random order: nobody sorts data."""
+    shortest = max(1, round(case.time * (2 * case.fill - 1)))
+    spread = torch.linspace(case.time, shortest, case.batch).round().long()
+    return spread[torch.randperm(case.batch, generator=generator)]
+
+
 def make_problem(case: Case, *, dtype: torch.dtype, device: str, seed: int) -> Problem:
     """Draw a case's parameters (with the module's own initialisation) and inputs.
 
@@ -78,12 +85,7 @@ def make_problem(case: Case, *, dtype: torch.dtype, device: str, seed: int) -> P
 
     out = case.proj or case.hidden
     lead = (case.batch,) if case.cell else (case.time, case.batch)
-    lengths = None
-    if case.ragged:
-        # Evenly spread lengths with the wanted mean and the longest equal to T, in random order: nobody sorts data.
-        shortest = max(1, round(case.time * (2 * case.fill - 1)))
-        spread = torch.linspace(case.time, shortest, case.batch).round().long()
-        lengths = spread[torch.randperm(case.batch, generator=generator)].to(device)
+    lengths = draw_lengths(case, generator).to(device) if case.ragged else None
     hx = None
     if case.time == 1:
         rows = lead if case.cell else (case.layers * case.directions, case.batch)

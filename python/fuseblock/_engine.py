@@ -92,13 +92,13 @@ def choose_engine(
 
 
 def layer_key(input: Tensor, weights: Sequence[LayerWeights], directions: int, training: bool) -> _tables.Key:
-    """What a table is asked about a stack: operator ``lstm``, candidates ``aten`` and ``ours``."""
+    """What a table is asked about a stack on a GPU: operator ``lstm``, candidates ``aten`` and ``ours``."""
     four_hidden, proj = weights[0][1].shape
     hidden, (steps, batch, width) = four_hidden // 4, input.shape
     layers, mode = len(weights) // directions, "train" if training else "forward"
     dtype = input.dtype
-    if dtype is not torch.float64 and torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
+    if dtype is not torch.float64 and torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
     projected = weights[0][4] is not None
     return (
         ("mode", mode),
