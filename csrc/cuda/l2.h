@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/launch.h"
+#include "cuda/spin.h"
 
 #if defined(FUSEBLOCK_EMULATE_CUDA)
 
@@ -25,14 +26,12 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* counter) {
   return value;
 }
 
-// Until the counter, which may wrap around, has reached target. Traps after FUSEBLOCK_SPIN_LIMIT tries, where defined.
+// Until the counter, which may wrap around, has reached target.
+__device__ __forceinline__ bool has_reached(const unsigned* counter, unsigned target) {
+  return static_cast<int>(load_acquire(counter) - target) >= 0;
+}
 __device__ __forceinline__ void wait_for_count(const unsigned* counter, unsigned target) {
-  for (unsigned long long tries = 0; static_cast<int>(load_acquire(counter) - target) < 0; ++tries) {
-    __nanosleep(20);
-#if defined(FUSEBLOCK_SPIN_LIMIT)
-    if (tries > FUSEBLOCK_SPIN_LIMIT) __trap();
-#endif
-  }
+  FB_SPIN_UNTIL(has_reached(counter, target) || (__nanosleep(20), false));
 }
 
 // Of 4, 8 or 16 bytes, past the multiprocessor's own cache, which other blocks' stores do not reach.

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "cuda/launch.h"
+#include "cuda/spin.h"
 
 #if defined(FUSEBLOCK_EMULATE_CUDA)
 
@@ -91,17 +92,6 @@ __device__ __forceinline__ bool mbarrier_try_wait_cluster(uint64_t* barrier, uin
               : "memory");
   return ended != 0;
 }
-
-// Waits that never end trap in builds with FUSEBLOCK_SPIN_LIMIT, a number of tries.
-#if defined(FUSEBLOCK_SPIN_LIMIT)
-#define FB_SPIN_UNTIL(condition)                            \
-  for (unsigned long long tries = 0; !(condition); ++tries) \
-    if (tries > FUSEBLOCK_SPIN_LIMIT) __trap()
-#else
-#define FB_SPIN_UNTIL(condition) \
-  while (!(condition)) {         \
-  }
-#endif
 
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   FB_SPIN_UNTIL(mbarrier_try_wait(barrier, parity));
