@@ -20,6 +20,7 @@ from fuseblock.launch.gpu import H200
 from ..backends import available
 from ..emulator import load_recurrence
 from ..emulator.build import ROOT
+from . import plain_lstm
 from .lstm_cases import LstmCase, check_backward, check_forward
 
 #: Dtypes with the passes of mma over operands.
@@ -127,6 +128,25 @@ def test_parity_of_every_size(
     for steps, directions, with_lengths in itertools.product(STEPS, (1, 2), (False, True)):
         block.kernels.set_seed(steps + directions)
         check(block, case(steps, batch, hidden, directions, with_lengths), dtype, passes)
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_operands_of_float32(block: BlockOps, passes: int) -> None:
+    """One product, of two numbers of 24 bits: rounded to TF32 (and not truncated) in one pass, whole in three."""
+    operand = plain_lstm.tf32 if passes == 1 else torch.clone
+    gx, h0, c0, w_hh = torch.ones(1, 1, 16), torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), torch.zeros(1, 16, 4)
+    w_hh[0, 0, 0] = w = torch.tensor(1 + 0.75 * 2**-10 + 2**-23)
+    h0[0, 0, 0] = h = torch.tensor(1 + 0.75 * 2**-10 - 2**-23)
+    with passes_of_float32(passes):
+        y, _, _, gates, c = block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
+        dgx, dh0, _, _ = block.lstm_recurrence_bwd(
+            torch.full_like(y, 0.7), None, None, None, None, gates, c, c0, w_hh, None, None, None
+        )
+    eps = torch.finfo(torch.float32).eps
+    want = (1 + operand(w).double() * operand(h).double()).sigmoid()
+    assert abs(gates[0, 0, 0] - want) < eps
+    want = operand(w).double() * operand(dgx[0, 0, 0]).double()
+    assert abs(dh0[0, 0, 0] - want) < 2 * eps * abs(want)
 
 
 @pytest.mark.parametrize("multiprocessors", [132, 1])
