@@ -19,7 +19,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from fuseblock.kernels import batch_norm_act, channel_tiles, lstm_gates, lstm_recurrence
+from fuseblock.kernels import (
+    batch_norm_act,
+    channel_tiles,
+    lstm_gates,
+    lstm_recurrence,
+    lstm_recurrence_step,
+)
 
 from fuseblock._activations import number
 from fuseblock.launch import _triton, triton_batch_norm_act
@@ -28,6 +34,7 @@ from fuseblock.launch.triton_lstm_recurrence import (
     persistent_config,
     prefetches,
 )
+from fuseblock.launch.triton_lstm_recurrence_step import gpu_step_config
 
 from .triton_aot import SHARED_LIMIT
 
@@ -44,6 +51,8 @@ STATE_POINTERS = {
     },
     "lstm_recurrence_fwd_kernel": {"c0_ptr", "c_n_ptr", "c_ptr"},
     "lstm_recurrence_bwd_kernel": {"dc_n_ptr", "d_c_ptr", "c_ptr", "c0_ptr", "dc0_ptr"},
+    "lstm_recurrence_step_fwd_kernel": {"c_n_ptr", "c_ptr"},
+    "lstm_recurrence_step_bwd_kernel": {"d_c_ptr", "c_ptr", "c0_ptr", "dc0_ptr"},
 }  # fmt: skip
 _PER_CHANNEL = {
     "mean_ptr",
@@ -60,7 +69,7 @@ STATE_POINTERS |= {k: _PER_CHANNEL for k in vars(batch_norm_act) if k.endswith("
 #: Pointers of other types.
 FIXED_POINTERS = {"lengths_ptr": "*i64", "mask_ptr": "*u8"}
 #: Integers that are not specialised on divisibility.
-NOT_SPECIALISED = ("rows", "t", "n_steps", "batch", "samples", "chunks", "programs")
+NOT_SPECIALISED = ("rows", "t", "step", "n_steps", "batch", "samples", "chunks", "programs")
 
 #: Pointers that the op lstm_gates leaves out; the recurrence's steps may need all of them.
 ABSENT_IN_OP = {
@@ -143,6 +152,20 @@ def _persistent_jobs(
         )  # fmt: skip
 
 
+def _fused_step_jobs(
+    arch: int, dtype: torch.dtype, batch: int, hidden: int, precision: str = "ieee"
+) -> Iterator[dict[str, Any]]:
+    for kernel in ("fwd", "bwd"):
+        backward = kernel == "bwd"
+        config = gpu_step_config(dtype, batch, hidden, backward=backward)
+        yield _job(
+            lstm_recurrence_step, f"lstm_recurrence_step_{kernel}_kernel", arch, TRITON_NAME[dtype], set(),
+            hidden % 16 == 0, {"num_warps": config.num_warps, "num_stages": config.num_stages},
+            config.shared(dtype, backward=backward), PRECISION=precision, BLOCK_B=config.block_b,
+            BLOCK_H=config.block_h, BLOCK_K=config.block_k, PARTS=config.parts,
+        )  # fmt: skip
+
+
 def _one_unit_jobs() -> Iterator[dict[str, Any]]:
     """H = 1: Triton turns integer arguments that are 1 into constants, which know fewer methods."""
     one = {"hidden": 1, "BLOCK_H": 16}
@@ -154,6 +177,9 @@ def _one_unit_jobs() -> Iterator[dict[str, Any]]:
     for kernel in ("lstm_recurrence_fwd_kernel", "lstm_recurrence_bwd_kernel"):
         constants = one | {"PRECISION": "ieee", "PREFETCH": True, "BLOCK_B": 16}
         yield _job(lstm_recurrence, kernel, 90, "fp32", set(), False, {}, 65536, **constants)
+    for kernel in ("lstm_recurrence_step_fwd_kernel", "lstm_recurrence_step_bwd_kernel"):
+        constants = one | {"PRECISION": "ieee", "BLOCK_B": 16, "BLOCK_K": 16, "PARTS": 2}
+        yield _job(lstm_recurrence_step, kernel, 90, "fp32", set(), False, {}, 65536, **constants)
 
 
 def _norm_jobs(
@@ -240,6 +266,10 @@ def _usual_jobs() -> Iterator[dict[str, Any]]:
         yield from _persistent_jobs(arch, torch.bfloat16, 128, True, "ieee")
         yield from _persistent_jobs(arch, torch.bfloat16, 63, False, "ieee")
         yield from _persistent_jobs(arch, torch.float32, 63, False, "ieee")
+        yield from _fused_step_jobs(arch, torch.bfloat16, 128, 256)
+    yield from _fused_step_jobs(90, torch.bfloat16, 16, 256)
+    yield from _fused_step_jobs(90, torch.float32, 32, 256)
+    yield from _fused_step_jobs(90, torch.bfloat16, 16, 100)
 
 
 def _all_jobs() -> Iterator[dict[str, Any]]:
@@ -254,6 +284,10 @@ def _all_jobs() -> Iterator[dict[str, Any]]:
         yield from _persistent_jobs(arch, torch.float32, hidden, aligned, "tf32")
     for arch, dtype in itertools.product(ARCHITECTURES, (torch.bfloat16, torch.float16)):
         yield from _persistent_jobs(arch, dtype, 128, True, "ieee")
+    for arch, batch, hidden in itertools.product(ARCHITECTURES, (16, 32, 64, 128), (256, 100)):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            yield from _fused_step_jobs(arch, dtype, batch, hidden)
+        yield from _fused_step_jobs(arch, torch.float32, batch, hidden, "tf32")
 
 
 def _compile(jobs: list[dict[str, Any]], tmp_path: Path) -> list[dict[str, Any]]:
@@ -286,6 +320,10 @@ def _check(jobs: list[dict[str, Any]], tmp_path: Path, record: Any) -> None:
         assert result["shared"] <= job["shared"] <= SHARED_LIMIT[job["arch"]], report
         # Alignment must reach the memory instructions, through masks and strides.
         assert result["wide"] or not job["constants"].get("ALIGNED"), f"narrow accesses: {result['name']}"
+        if job["module"] == lstm_recurrence_step.__name__ and job["constants"]["ALIGNED"]:
+            assert result["wide_copies"], f"operands are not copied in 16 bytes: {result['name']}"
+            halves = job["signature"]["w_hh_ptr"] != "*fp32"
+            assert result["tensor_cores"] or not halves, f"no tensor cores: {result['name']}"
 
 
 def test_usual_configurations_do_not_spill(tmp_path: Path, record_property: Any) -> None:

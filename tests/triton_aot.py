@@ -23,7 +23,8 @@ SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 
 
 def compile_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Compile one job; returns registers, stack, shared (bytes), whether 16-byte accesses and matrix instructions occur.
+    """Compile one job; returns registers, stack, shared (bytes), whether 16-byte accesses, asynchronous copies of 16 bytes
+    and matrix instructions occur.
 
     A job has name, module, kernel, arch, signature (argument: Triton type, "constexpr"), constants (argument: value;
     "fp32" and the like name Triton types), divisible (arguments that are multiples of 16) and options (num_warps, ...).
@@ -67,6 +68,7 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
         "stack": figure("STACK"),
         "shared": kernel.metadata.shared,
         "tensor_cores": bool(re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
+        "wide_copies": bool(re.search(r"cp\.async\.c[ag]\.shared\.global [^;]*, 0x10\b", ptx)),
         "wide": bool(
             re.search(r"(ld|st)\.global\.(L\S+\.)?v4\.b32|(ld|st)\.global\S*\.v[24]\.b(32|64)", ptx)
         ),

@@ -5,6 +5,9 @@ Values are compared with the plain formulas in float64, see lstm_cases.
 
 from __future__ import annotations
 
+import inspect
+import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +18,13 @@ pytest.importorskip("triton")
 
 import fuseblock
 from fuseblock import dispatch
-from fuseblock.launch import _triton, triton_lstm_gates, triton_lstm_recurrence
+from fuseblock.launch import (
+    _triton,
+    triton_lstm_gates,
+    triton_lstm_recurrence,
+    triton_lstm_recurrence_step,
+)
+from fuseblock.launch.triton_lstm_recurrence_step import StepConfig
 
 from ..triton_interpreter import install
 from . import plain_lstm
@@ -60,7 +69,8 @@ class Engine:
         return self._run("lstm_recurrence_bwd_bwd", args)
 
 
-PER_STEP, PERSISTENT = Engine("per step"), Engine("persistent")
+PER_STEP, PERSISTENT, FUSED_STEP = Engine("per step"), Engine("persistent"), Engine("fused step")
+ENGINES = (PER_STEP, PERSISTENT, FUSED_STEP)
 
 PER_STEP_CASES = [
     LstmCase(3, 3, 33, 2, None, None),
@@ -74,6 +84,39 @@ PERSISTENT_CASES = [
     LstmCase(3, 17, 16, 1, None, (3,) * 16 + (1,)),
     LstmCase(5, 2, 48, 2, None, (2, 9)),
     LstmCase(1, 1, 1, 1, None, None),
+]
+
+
+def _fused_step_case(n_steps: int, batch: int, hidden: int, directions: int, ragged: bool) -> LstmCase:
+    lengths = itertools.islice(itertools.cycle((1, n_steps, 0, n_steps + 3, 2)), batch) if ragged else None
+    return LstmCase(n_steps, batch, hidden, directions, None, None if lengths is None else tuple(lengths))
+
+
+#: Every pair of values of T, B, H, D, ragged or not, dtype occurs.
+FUSED_STEP_CASES = [
+    (_fused_step_case(*sizes), dtype)
+    for *sizes, dtype in (
+        (7, 8, 24, 1, True, torch.bfloat16),
+        (2, 1, 40, 2, True, torch.float16),
+        (1, 3, 128, 2, False, torch.bfloat16),
+        (7, 1, 100, 1, False, torch.float32),
+        (1, 17, 200, 1, True, torch.float32),
+        (2, 8, 128, 1, False, torch.float16),
+        (7, 17, 24, 2, False, torch.float32),
+        (7, 3, 40, 1, True, torch.float32),
+        (2, 8, 100, 2, True, torch.float32),
+        (7, 3, 200, 2, False, torch.float16),
+        (1, 17, 100, 1, True, torch.float16),
+        (2, 17, 40, 2, True, torch.bfloat16),
+        (7, 1, 128, 1, True, torch.bfloat16),
+        (2, 3, 24, 2, True, torch.float16),
+        (1, 8, 40, 2, False, torch.float32),
+        (1, 1, 24, 2, True, torch.float16),
+        (2, 1, 200, 1, False, torch.bfloat16),
+        (1, 3, 100, 1, False, torch.bfloat16),
+        (7, 17, 128, 2, True, torch.float32),
+        (2, 8, 200, 1, False, torch.float32),
+    )
 ]
 
 
@@ -141,7 +184,67 @@ def test_persistent_backward_without_some_cotangents() -> None:
         check_backward(PERSISTENT, case, torch.float32, given=(given,))
 
 
-@pytest.mark.parametrize("engine", [PER_STEP, PERSISTENT], ids=lambda e: e.variant)
+# -------------------------------------------------------------------------------------------- recurrence, fused step
+
+
+@pytest.mark.parametrize(("case", "dtype"), FUSED_STEP_CASES, ids=str)
+def test_fused_step(case: LstmCase, dtype: torch.dtype) -> None:
+    check_forward(FUSED_STEP, case, dtype)
+    check_backward(FUSED_STEP, case, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("hidden", [24, 40, 100, 128, 200, 256, 320])
+@pytest.mark.parametrize("batch", [1, 3, 8, 17])
+def test_fused_step_over_odd_sizes(batch: int, hidden: int, dtype: torch.dtype) -> None:
+    for n_steps, directions, ragged in itertools.product((1, 2, 33), (1, 2), (False, True)):
+        case = _fused_step_case(n_steps, batch, hidden, directions, ragged)
+        check_forward(FUSED_STEP, case, dtype)
+        check_backward(FUSED_STEP, case, dtype)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_fused_step_in_small_blocks(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs per launch in all three dimensions, and sums in several passes and parts, the last ones ragged."""
+    config = StepConfig(16, 16, 16, parts, 4, 1)
+    monkeypatch.setattr(triton_lstm_recurrence_step, "step_config", lambda *args, **options: config)
+    case = _fused_step_case(2, 18, 25, 2, True)
+    check_forward(FUSED_STEP, case, torch.float32)
+    check_backward(FUSED_STEP, case, torch.float32)
+
+
+def test_fused_step_without_some_cotangents() -> None:
+    case = LstmCase(3, 3, 4, 2, None, (3, 1, 0))
+    for given in range(5):
+        check_backward(FUSED_STEP, case, torch.float32, given=(given,))
+
+
+def test_fused_step_looks_its_kernel_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later launches start the kernel that the first one returned, with every parameter, and differ in the step alone."""
+    kernel = triton_lstm_recurrence_step.lstm_recurrence_step_fwd_kernel
+    launches = []
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+            return lambda *args, **options: (launches.append((grid, args, options)), self)[1]
+
+    monkeypatch.setattr(triton_lstm_recurrence_step, "lstm_recurrence_step_fwd_kernel", Recorded())
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    triton_lstm_recurrence_step.fwd(*LstmCase(3, 70, 48, 2, None, None).inputs(torch.bfloat16), None, True)
+    assert [grid for grid, _, _ in launches] == [(2, 2, 2)] * 3
+    assert [args[0] for _, args, _ in launches] == [0, 1, 2]
+    assert [options for _, _, options in launches] == [
+        {"num_warps": 8, "num_stages": 3},
+        *[{"stream": 7}] * 2,
+    ]
+    for _, args, _ in launches:
+        assert len(args) == len(inspect.signature(kernel.fn).parameters)
+        assert all(a is b for a, b in zip(args[1:], launches[0][1][1:], strict=True))
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e.variant)
 def test_strided_and_misaligned_inputs(engine: Engine) -> None:
     """gx of a batch-first layer, off by one element; cotangents that are one expanded scalar."""
     n_steps, batch, hidden = 3, 2, 16
@@ -177,7 +280,7 @@ def test_nan_and_infinity_travel_and_stay_in_their_rows() -> None:
     gx[0, 1, 8:12] = float("inf")
     lengths = torch.tensor([3, 3, 1])
     gx[1:, 2] = float("nan")
-    for engine in (PER_STEP, PERSISTENT):
+    for engine in ENGINES:
         y, h_n, *_ = engine.lstm_recurrence(gx, h0, c0, w_hh, None, lengths, None, True)
         want, want_h, *_ = plain_lstm.forward(gx, h0, c0, w_hh, None, lengths)
         want = torch.where(torch.arange(3)[:, None, None] < lengths[None, :, None], want, 0)
@@ -189,7 +292,7 @@ def test_what_inactive_rows_receive_is_ignored() -> None:
     """NaN in cotangents of inactive steps reaches nothing, in either order."""
     case = LstmCase(3, 2, 4, 2, None, (3, 1))
     gx, h0, c0, w_hh, _, lengths = case.inputs(torch.float32)
-    for engine in (PER_STEP, PERSISTENT):
+    for engine in ENGINES:
         y, h_n, c_n, gates, c = engine.lstm_recurrence(gx, h0, c0, w_hh, None, lengths, None, True)
         dy, d_gates, d_c = torch.ones_like(y), torch.ones_like(gates), torch.ones_like(c)
         dy[1:, 1] = d_gates[1:, 1] = float("nan")
@@ -212,9 +315,9 @@ def test_the_engine_is_chosen_with_a_reason() -> None:
             return dispatch.choose("lstm_recurrence", args).variant
 
     assert chosen(LstmCase(1, 1, 64, 1, None, None), torch.float32) == "persistent"
-    assert chosen(LstmCase(1, 1, 65, 1, None, None), torch.float32) == "per step"
+    assert chosen(LstmCase(1, 1, 65, 1, None, None), torch.float32) == "fused step"
     assert chosen(LstmCase(1, 1, 128, 1, None, None), torch.bfloat16) == "persistent"
-    assert chosen(LstmCase(1, 1, 100, 1, None, None), torch.bfloat16) == "per step"
+    assert chosen(LstmCase(1, 1, 100, 1, None, None), torch.bfloat16) == "fused step"
     assert chosen(LstmCase(1, 1, 8, 1, None, None), torch.float64) == "per step"
     assert chosen(LstmCase(1, 1, 8, 1, 4, None), torch.float32) == "per step"
     packed = (*_to(DEVICE, LstmCase(1, 1, 8, 1, None, None).inputs(torch.float32)), torch.tensor([1]), True)

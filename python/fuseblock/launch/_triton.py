@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, overload
 
 import torch
 import triton
@@ -71,6 +71,30 @@ def aligned(hidden: int, tensors: Iterable[Tensor | None]) -> bool:
 def _aligned(x: Tensor) -> bool:
     size = x.element_size()
     return x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in x.stride()[:-1])
+
+
+def near_rows(x: Tensor, hidden: int, block_rows: int) -> Tensor:
+    """X (T, B, columns) such that 32-bit offsets within `block_rows` rows hold and H % 16 == 0 means aligned."""
+    if x.stride(-1) == 1 and block_rows * x.stride(1) < 2**31 and (hidden % 16 or aligned(hidden, (x,))):
+        return x
+    # clone, not contiguous(): a misaligned contiguous view must move too.
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@overload
+def dense(x: Tensor, hidden: int) -> Tensor: ...
+@overload
+def dense(x: Tensor | None, hidden: int) -> Tensor | None: ...
+def dense(x: Tensor | None, hidden: int) -> Tensor | None:
+    """X contiguous, and aligned where H allows it."""
+    if x is None or (x.is_contiguous() and (hidden % 16 or aligned(hidden, (x,)))):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 dots round their operands, for tl.dot; it says nothing about other dtypes."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def gpu_step_blocks(hidden: int) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """Host side of the Triton engines of the op `lstm_recurrence`.
 
-Two engines, in order of preference: *persistent*, one launch with W_hh on chip (kernels/lstm_recurrence.py, small H,
-first order), and *per step*, one GEMM and one kernel per time step (`per_step`, any H, first and second order). Both
-save the same tensors, so any forward can meet any backward. A further engine is one more line in `_ENGINES`.
+Three engines, in order of preference: *persistent*, one launch with W_hh on chip (kernels/lstm_recurrence.py, small H,
+first order); *fused step*, one launch per time step (`triton_lstm_recurrence_step`, any H, first order); *per step*, one
+GEMM and one kernel per time step (`per_step`, any H, first and second order). All save the same tensors, so any forward
+can meet any backward. A further engine is one more line in `_ENGINES`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fuseblock.kernels.lstm_recurrence import lstm_recurrence_bwd_kernel, lstm_r
 
 from ..dispatch import Candidate
 from . import _triton, per_step, triton_lstm_gates
+from . import triton_lstm_recurrence_step as fused_step
 
 _BLOCK_B = 16
 
@@ -125,29 +127,6 @@ def why_not_per_step_bwd_bwd(*args: Any) -> str | None:
     return _triton.why_not(args[9]) or per_step.why_not(args[9], args[15])
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How float32 dots round their operands; it says nothing about other dtypes."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _near_rows(x: Tensor, hidden: int) -> Tensor:
-    """X (T, B, columns) such that the kernel's 32-bit offsets within _BLOCK_B rows hold and H % 16 == 0 means aligned."""
-    dense = x.stride(-1) == 1 and _BLOCK_B * x.stride(1) < 2**31
-    if dense and (hidden % 16 or _triton.aligned(hidden, (x,))):
-        return x
-    # clone, not contiguous(): a misaligned contiguous view must move too.
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _dense(x: Tensor | None, hidden: int) -> Tensor | None:
-    """X contiguous, and aligned where H allows it."""
-    if x is None:
-        return None
-    if x.is_contiguous() and (hidden % 16 or _triton.aligned(hidden, (x,))):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
 def persistent_fwd(
     gx: Tensor,
     h0: Tensor,
@@ -170,13 +149,13 @@ def persistent_fwd(
     c = c0.new_empty((n_steps, batch, directions * hidden) if save_state else (0,))
     if batch == 0:
         return y, h_n, c_n, gates, c
-    gx = _near_rows(gx, hidden)
+    gx = _triton.near_rows(gx, hidden, _BLOCK_B)
     with torch.cuda.device_of(gx):
         lstm_recurrence_fwd_kernel[(triton.cdiv(batch, _BLOCK_B), directions)](
             gx,
-            _dense(h0, hidden),
-            _dense(c0, hidden),
-            _dense(w_hh, hidden),
+            _triton.dense(h0, hidden),
+            _triton.dense(c0, hidden),
+            _triton.dense(w_hh, hidden),
             lengths,
             y,
             h_n,
@@ -188,7 +167,7 @@ def persistent_fwd(
             hidden,
             gx.stride(0),
             gx.stride(1),
-            PRECISION=_precision(gx.dtype),
+            PRECISION=_triton.precision(gx.dtype),
             PREFETCH=prefetches(hidden),
             ALIGNED=hidden % 16 == 0,
             BLOCK_B=_BLOCK_B,
@@ -222,11 +201,11 @@ def persistent_bwd(
     dh0, dc0 = gates.new_empty(directions, batch, hidden), c0.new_empty(c0.shape)
     if batch == 0:
         return dgx, dh0, dc0, gates.new_empty(0)
-    dy = None if dy is None else _near_rows(dy, hidden)
+    dy = None if dy is None else _triton.near_rows(dy, hidden, _BLOCK_B)
     with torch.cuda.device_of(gates):
         lstm_recurrence_bwd_kernel[(triton.cdiv(batch, _BLOCK_B), directions)](
             dy,
-            *(_dense(x, hidden) for x in (dh_n, dc_n, d_gates, d_c, gates, c, c0, w_hh)),
+            *(_triton.dense(x, hidden) for x in (dh_n, dc_n, d_gates, d_c, gates, c, c0, w_hh)),
             lengths,
             dgx,
             dh0,
@@ -236,7 +215,7 @@ def persistent_bwd(
             hidden,
             0 if dy is None else dy.stride(0),
             0 if dy is None else dy.stride(1),
-            PRECISION=_precision(gates.dtype),
+            PRECISION=_triton.precision(gates.dtype),
             PREFETCH=prefetches(hidden, d_gates, d_c),
             ALIGNED=hidden % 16 == 0,
             BLOCK_B=_BLOCK_B,
@@ -264,13 +243,17 @@ def per_step_bwd_bwd(*args: Any) -> tuple[Tensor, ...]:
         return per_step.lstm_recurrence_bwd_bwd(triton_lstm_gates, *args)
 
 
+# In order of preference. That the fused step is ahead of the step of two launches is a guess: no GPU has measured it yet,
+# and where a table of measurements exists it decides.
 _ENGINES: dict[str, tuple[tuple[str, Callable[..., Any], Callable[..., str | None]], ...]] = {
     "lstm_recurrence": (
         ("persistent", persistent_fwd, why_not_persistent_fwd),
+        ("fused step", fused_step.fwd, fused_step.why_not_fwd),
         ("per step", per_step_fwd, why_not_per_step_fwd),
     ),
     "lstm_recurrence_bwd": (
         ("persistent", persistent_bwd, why_not_persistent_bwd),
+        ("fused step", fused_step.bwd, fused_step.why_not_bwd),
         ("per step", per_step_bwd, why_not_per_step_bwd),
     ),
     "lstm_recurrence_bwd_bwd": (("per step", per_step_bwd_bwd, why_not_per_step_bwd_bwd),),
