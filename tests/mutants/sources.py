@@ -53,6 +53,11 @@ _TRITON = (
     ("tests/ops/test_triton_kernels.py",),
     _selected("triton", "tests/ops/test_lstm_gates.py"),
 )
+_FUSED_STEP = (
+    _selected("fused_step and (T2-B8 or T7-B3)", "tests/ops/test_triton_kernels.py"),
+    (*_selected("fused", "tests/ops/test_triton_kernels.py"), "-m", "not slow"),
+    _selected("strided or inactive or infinity or chosen", "tests/ops/test_triton_kernels.py"),
+)
 
 _NORM = "tests/ops/test_batch_norm_act_kernels.py"
 _NORM_CUDA = (_selected("cuda", _NORM), _selected("threads", _NORM))
@@ -167,6 +172,8 @@ SOURCES = [
     Source("kernels/activations.py", "triton", _TRITON),
     Source("kernels/lstm_gates.py", "triton", _TRITON),
     Source("kernels/lstm_recurrence.py", "triton", _TRITON[:2]),
+    Source("kernels/lstm_recurrence_step.py", "triton", _FUSED_STEP),
+    Source("python/fuseblock/launch/triton_lstm_recurrence_step.py", "python", _FUSED_STEP),
     Source("csrc/cpu/upfirdn2d_kernels.h", "cpu", _IMAGES_CPU),
     Source("csrc/cpu/upfirdn2d.cpp", "cpu", _IMAGES_CPU),
     Source("csrc/cuda/upfirdn2d.cuh", "emulator", _IMAGES_CUDA),
