@@ -3,7 +3,7 @@
 #   make bench          measure LSTMs and GAN blocks against PyTorch and ONNX Runtime; writes out/benchmark.{json,html}
 #   make test           build, run the tests
 #   make test-slow      the long sweeps: sanitizers, every configuration, mutants
-#   make gpu            on a machine with an NVIDIA GPU: build, pytest -m gpu, the GPU benchmark
+#   make gpu            on a machine with an NVIDIA GPU: build, tests, sanitizers, benchmarks, tuning; in stages, resumable
 #   make example        the examples: forecasts with LSTMs, digits with a DCGAN
 #   make lint           ruff and mypy
 #   make check-torch    import, opcheck and parity on the oldest supported torch, in a virtual environment of its own
@@ -36,7 +36,7 @@ test-slow: build
 	$(PY) -m pytest -n $(WORKERS) -m slow
 
 gpu:
-	sh tools/gpu.sh $(OUT)
+	sh tools/gpu.sh $(OUT)/gpu
 
 example: build
 	$(PY) examples/forecast.py --plot $(OUT)/forecast.png

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from benchmarks import providers as peers
 from benchmarks.suites import SUITES, Suite
 
 SCHEMA = 1
+UNFINISHED = 3
 _OPTIONAL = {"onnx": "no ONNX Runtime rows", "onnxruntime": "no ONNX Runtime rows", "matplotlib": "no plots"}
 
 
@@ -52,6 +54,13 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         metavar="S",
         help="seconds per provider, case and mode (default 2)",
+    )
+    add(
+        "--limit",
+        type=float,
+        default=math.inf,
+        metavar="S",
+        help="begin no further case and mode after so many seconds; results are written, the exit status is 3",
     )
     add(
         "--rss",
@@ -131,7 +140,7 @@ def main(argv: Sequence[str] | None = None, suites: tuple[Suite, ...] = SUITES) 
         suites: to choose from.
 
     Returns:
-        0, or 1 if a row of fuseblock is red or failed, or 2 for a usage error.
+        0, or 1 if a row of fuseblock is red or failed, or 2 for a usage error, or 3 if ``--limit`` ended the run.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["tune"]:
@@ -182,6 +191,7 @@ def main(argv: Sequence[str] | None = None, suites: tuple[Suite, ...] = SUITES) 
         tf32=args.tf32,
     )
     rows: list[runner.Row] = []
+    deadline = time.perf_counter() + args.limit
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
@@ -191,7 +201,16 @@ def main(argv: Sequence[str] | None = None, suites: tuple[Suite, ...] = SUITES) 
         announce = stack.enter_context(console.progress(total))
         for plan in plans:
             rows.extend(
-                runner.run(plan.suite, plan.cases, plan.modes, plan.providers, settings, ceilings, announce)
+                runner.run(
+                    plan.suite,
+                    plan.cases,
+                    plan.modes,
+                    plan.providers,
+                    settings,
+                    ceilings,
+                    announce,
+                    deadline,
+                )
             )
 
     report = build_report(rows, settings, ceilings, argv)
@@ -204,7 +223,15 @@ def main(argv: Sequence[str] | None = None, suites: tuple[Suite, ...] = SUITES) 
     wrong = [row for row in runner.ours(rows) if row.status in (runner.RED, runner.FAILED)]
     for row in wrong:
         print(f"error: {row.case} {row.mode} {row.provider}: {row.status}: {row.reason}", file=sys.stderr)
-    return 1 if wrong else 0
+    done = {(row.case, row.mode) for row in rows}
+    if wrong:
+        return 1
+    if len(done) < total:
+        print(
+            f"error: {total - len(done)} of {total} cases and modes were left out (--limit)", file=sys.stderr
+        )
+        return UNFINISHED
+    return 0
 
 
 def _write(report: dict[str, Any], json_path: Path | None, html_path: Path | None) -> None:

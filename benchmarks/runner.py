@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -108,6 +110,7 @@ def run(
     settings: Settings,
     ceilings: dict[str, float],
     progress: Callable[[str], None] = lambda text: None,
+    deadline: float = math.inf,
 ) -> Iterator[Row]:
     """Measure; yields rows as they are complete, and reports each case and mode to ``progress`` before it runs.
 
@@ -117,10 +120,12 @@ def run(
         providers: whom to run; the base provider comes first.
         settings: how.
         ceilings: from `benchmarks.machine.ceilings`.
+        progress: told what runs next.
+        deadline: when, on `time.perf_counter`'s clock, no further case and mode is begun.
     """
     for case in cases:
         for mode in modes:
-            if mode in case.modes:
+            if mode in case.modes and time.perf_counter() < deadline:
                 progress(f"{case.name} {mode}")
                 yield from _measure(suite, case, mode, providers, settings, ceilings)
 

@@ -117,6 +117,15 @@ def test_a_right_provider_is_green(bench, tmp_path):
     assert all(row["speedup_stock"]["median"] > 0 for row in report["rows"])
 
 
+def test_a_run_that_reaches_its_limit_writes_what_it_has(bench, tmp_path, capsys):
+    arguments = ["--case", "cell-32", "--case", "step-32", "--mode", "forward"]
+    code, report = run_cli(bench, tmp_path, pretender(bench), *arguments, "--limit", "0")
+    assert (code, report["rows"]) == (bench.cli.UNFINISHED, [])
+    assert "2 of 2 cases and modes were left out" in capsys.readouterr().err
+    code, report = run_cli(bench, tmp_path, pretender(bench), *arguments, "--limit", "1000")
+    assert (code, len(report["rows"])) == (0, 4)
+
+
 def test_a_provider_that_raises_is_reported(bench, tmp_path):
     def fail(results):
         raise RuntimeError("cannot do this")

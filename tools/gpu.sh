@@ -1,25 +1,10 @@
 #!/bin/sh
-# On a machine with an NVIDIA GPU: build against the installed torch, run the GPU tests, run the GPU benchmark.
+# All that needs an NVIDIA GPU, in stages of less than ten minutes: build, tests, sanitizers, benchmarks, tuning.
 #
-#   sh tools/gpu.sh [OUT]      writes OUT/gpu-tests.log, OUT/benchmark-gpu.{json,html}
+#   sh tools/gpu.sh [OUT] [STAGE ...]      results, logs and the state of each stage go to OUT (default: out/gpu)
+#   sh tools/gpu.sh --list                 the stages
 #
-# It uses the python on PATH (PYTHON=... to choose another) and installs nothing, so it also works without a network.
-set -u
-cd "$(dirname "$0")/.."
-OUT=${1:-out}
-PYTHON=${PYTHON:-python3}
-mkdir -p "$OUT"
-
-"$PYTHON" setup.py -q build_ext --inplace || exit 1
-# kernels/ is fuseblock.kernels once installed; a link serves the same without pip.
-test -e python/fuseblock/kernels || ln -s ../../kernels python/fuseblock/kernels
-PYTHONPATH="$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHONPATH
-"$PYTHON" -m fuseblock env | tee "$OUT/env.txt"
-
-"$PYTHON" -m pytest -m gpu -q --tb=short -p no:cacheprovider 2>&1 | tee "$OUT/gpu-tests.log"
-status=$(tail -n 1 "$OUT/gpu-tests.log" | grep -c "passed" || true)
-grep -q "failed\|error" "$OUT/gpu-tests.log" && status=0
-
-"$PYTHON" -m benchmarks --device cuda --json "$OUT/benchmark-gpu.json" --html "$OUT/benchmark-gpu.html"
-test "$status" = 1
+# Without stages it runs those that have not passed yet, so it can be stopped and started again. It uses the python on PATH
+# (PYTHON=... for another), that python's torch and the CUDA it finds, and installs nothing: it needs no network.
+cd "$(dirname "$0")/.." || exit 1
+exec "${PYTHON:-python3}" tools/gpu.py "$@"
