@@ -233,7 +233,7 @@ def backward_args(device: str = "cuda") -> tuple[Any, ...]:
 
 def candidate(name: str, variant: str, largest: int = 1 << 30) -> dispatch.Candidate:
     def why_not(*args: Any) -> str | None:
-        *_, w_hh = (a for a in args if isinstance(a, torch.Tensor))
+        *_, w_hh = (a for a in args if isinstance(a, torch.Tensor) and a.dim() == 3)
         if w_hh.device.type != "cuda":
             return "tensors are on cpu"
         return None if w_hh.shape[-1] <= largest else f"H above {largest}"
@@ -397,6 +397,42 @@ def test_the_table_chooses_the_engine() -> None:
         with _engine.always_ours():
             assert layer().chosen == "ours"
         assert layer(lengths=torch.empty(B, dtype=torch.int64, device="cuda")).chosen == "ours"
+
+
+@pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("ragged", [None, "lengths", "batch_sizes"])
+def test_explain_names_the_tier_of_each_layer(ragged: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = (candidate("cuda", "block", 128), candidate("cuda", "per step"))
+    for op in ("lstm_recurrence", "lstm_recurrence_bwd"):
+        monkeypatch.setitem(dispatch._CANDIDATES, op, listed)
+    x = torch.empty(T, B, 64, dtype=torch.bfloat16, device="cuda")
+    w_ih, w_hr = x.new_empty(4 * H, 64), x.new_empty(32, H)
+    weights = [(w_ih, x.new_empty(4 * H, 32), None, None, w_hr)] * 2
+    weights += [(x.new_empty(4 * 160, 64), x.new_empty(4 * 160, 160), None, None, None)] * 2
+    arguments: dict[str, Any] = {}
+    if ragged == "lengths":
+        arguments = {"lengths": torch.empty(B, dtype=torch.int64, device="cuda")}
+    elif ragged == "batch_sizes":
+        x = x.flatten(0, 1)
+        arguments = {"batch_sizes": [B, *[1] * (T - 1)]}  # fake tensors have no values
+    key = recurrence_key(dtype="bfloat16", ragged=ragged is not None, directions=2, proj=32, mode="forward")
+    measured = {**times("per_step", per_step=1.0, block=2.0), "key": key}
+    with _tables.using(table(lstm_recurrence=[measured])), _engine.always_ours():
+        explanation = fuseblock.explain("lstm", x, None, None, weights, bidirectional=True, **arguments)
+        assert [part.op for part in explanation.parts] == ["layer 0, forward", "layer 1, forward"]
+        assert [part.chosen for part in explanation.parts] == ["cuda (per step)"] * 2
+        first, second = explanation.parts
+        assert (
+            "measured 1.0 us against 2.0 us (cuda (block)) at hidden = 256, proj = 32, batch = 16"
+            in first.rule
+        )
+        assert second.rule.startswith("plain rule: table test.json has no measurement")
+        assert dict(second.reasons)["cuda (block)"] == "H above 128"
+        assert "  layer 0, forward: cuda (per step)\n    rule: table test.json: measured" in str(explanation)
+        w_hr.requires_grad_()
+        explanation = fuseblock.explain("lstm", x, None, None, weights, bidirectional=True, **arguments)
+        assert [part.op for part in explanation.parts][:2] == ["layer 0, forward", "layer 0, backward"]
+        assert len(explanation.parts) == 4
 
 
 @pytest.mark.usefixtures("fake_cuda")

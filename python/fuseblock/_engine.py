@@ -91,14 +91,19 @@ def choose_engine(
     return _choose_on_cpu(input, h0, c0, weights, directions)
 
 
+def layer_dtype(input: Tensor) -> torch.dtype:
+    """What a stack on a GPU computes in, autocast considered."""
+    if input.dtype is not torch.float64 and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return input.dtype
+
+
 def layer_key(input: Tensor, weights: Sequence[LayerWeights], directions: int, training: bool) -> _tables.Key:
     """What a table is asked about a stack on a GPU: operator ``lstm``, candidates ``aten`` and ``ours``."""
     four_hidden, proj = weights[0][1].shape
     hidden, (steps, batch, width) = four_hidden // 4, input.shape
     layers, mode = len(weights) // directions, "train" if training else "forward"
-    dtype = input.dtype
-    if dtype is not torch.float64 and torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
+    dtype = layer_dtype(input)
     projected = weights[0][4] is not None
     return (
         ("mode", mode),

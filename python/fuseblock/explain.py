@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from . import dispatch, functional
-from ._engine import choose_engine
+from ._engine import choose_engine, layer_dtype
 from ._fused_layer import why_not_fused
-from ._library import plain_eager, wants_gradient
+from ._library import plain_eager, state_dtype, wants_gradient
 from ._ragged import packing
 from ._recompute import LayerWeights
 
@@ -27,16 +27,19 @@ class Explanation:
         chosen: name of the engine or backend that would run.
         reasons: (name, reason) of every candidate in order of preference; reason None means that it can run.
         rule: why the chosen one is preferred to others that can run: a measurement in a table, or the plain rule.
+        parts: of a stack that our engine runs on a GPU, the operators of each layer.
     """
 
     op: str
     chosen: str
     reasons: tuple[tuple[str, str | None], ...]
     rule: str
+    parts: tuple[Explanation, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.chosen}", f"  rule: {self.rule}"]
         lines += [f"  {name:<22} {reason or 'can run'}" for name, reason in self.reasons]
+        lines += [f"  {line}" for part in self.parts for line in str(part).splitlines()]
         return "\n".join(lines)
 
 
@@ -65,6 +68,11 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     if op not in dispatch.operators():
         raise ValueError(f"explain: expected one of lstm, {', '.join(dispatch.operators())}, got {op!r}")
     _check_arguments(op, args, kwargs)
+    return _explain_operator(op, args)
+
+
+def _explain_operator(op: str, args: tuple[Any, ...], name: str = "") -> Explanation:
+    name = name or op
     forced = f"backend {dispatch.forced()!r} is forced"
     reasons = tuple(
         (c.label, c.why_not(*args) or (None if dispatch.eligible(c) else forced))
@@ -73,8 +81,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     try:
         chosen = dispatch.choose(op, args)
     except dispatch.BackendError:
-        return Explanation(op, "nobody", reasons, forced)
-    return Explanation(op, chosen.label, reasons, dispatch.rule(op, args, chosen))
+        return Explanation(name, "nobody", reasons, forced)
+    return Explanation(name, chosen.label, reasons, dispatch.rule(op, args, chosen))
 
 
 def _check_arguments(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -106,12 +114,56 @@ def _explain_layer(
     engine, rule = choose_engine(input, h0, c0, weights, directions, lengths, batch_sizes, save_gates)
     other = "aten" if engine == "ours" else "ours"
     reasons: list[tuple[str, str | None]] = [(engine, None), (other, "not chosen")]
-    if engine == "ours":
-        tensors = [input, h0, c0, *(x for w in weights for x in w)]
+    tensors = [input, h0, c0, *(x for w in weights for x in w)]
+    parts: list[Explanation] = []
+    if engine == "ours" and input.is_cuda:
+        parts = _explain_recurrences(
+            input, weights, directions, lengths, batch_sizes, wants_gradient(tensors)
+        )
+    elif engine == "ours":
         dropout = dropout if training and len(weights) > directions else 0.0
         fused = _why_not_fused(tensors, weights, directions, dropout, lengths, batch_sizes)
         reasons += [(f"fused layer {n}", reason) for n, reason in enumerate(fused)]
-    return Explanation("lstm", engine, tuple(reasons), rule)
+    return Explanation("lstm", engine, tuple(reasons), rule, tuple(parts))
+
+
+def _explain_recurrences(
+    input: Tensor,
+    weights: Sequence[LayerWeights],
+    directions: int,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    training: bool,
+) -> list[Explanation]:
+    """Who runs each layer's recurrence on a GPU, forward and, in training, backward; packed rows are padded before."""
+    if batch_sizes is None:
+        steps, batch = input.shape[:2]
+    else:
+        steps, batch = len(batch_sizes), int(batch_sizes[0])
+        lengths = input.new_empty(1, dtype=torch.int64).expand(batch)
+    dtype = layer_dtype(input)
+
+    def like(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        """Shape, dtype and device are all that choices look at, so one element is memory enough."""
+        return input.new_empty((1,) * len(shape), dtype=of).expand(shape)
+
+    parts = []
+    for layer in range(len(weights) // directions):
+        _, w_hh, _, _, w_hr = weights[layer * directions]
+        hidden, proj = w_hh.shape[0] // 4, w_hh.shape[1]
+        gx, h0 = like(steps, batch, directions * 4 * hidden), like(directions, batch, proj)
+        c0, c = (
+            like(n, batch, m, of=state_dtype(dtype))
+            for n, m in ((directions, hidden), (steps, directions * hidden))
+        )
+        stacked = like(directions, *w_hh.shape), None if w_hr is None else like(directions, *w_hr.shape)
+        forward = gx, h0, c0, *stacked, lengths, None, training
+        parts.append(_explain_operator("lstm_recurrence", forward, f"layer {layer}, forward"))
+        if training:
+            dy = like(steps, batch, directions * proj)
+            backward = dy, None, None, None, None, gx, c, c0, *stacked, lengths, None
+            parts.append(_explain_operator("lstm_recurrence_bwd", backward, f"layer {layer}, backward"))
+    return parts
 
 
 def _why_not_fused(
