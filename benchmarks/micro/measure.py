@@ -16,6 +16,7 @@ import torch
 from benchmarks.micro.cases import SHARED_BYTES, Case
 from benchmarks.micro.library import Launch, Library
 from benchmarks.timing import Spread
+from fuseblock.launch.gpu import present
 
 MEASURED, REFUSED, WRONG, FAILED = "measured", "refused", "wrong", "failed"
 FEW, MANY, SAMPLES = 100, 2000, 21
@@ -148,13 +149,13 @@ def ratio(value: float, predicted: tuple[float, float]) -> float:
 def measure(case: Case, library: Library, device: str = "cuda") -> Row:
     """Run a case on the current CUDA device. Never raises what the runtime says: that is in the row."""
     row = Row(case.label, case.cluster, case.unit, case.predicted, MEASURED, threads=case.threads)
-    properties = torch.cuda.get_device_properties()
-    if properties.major < case.least_capability:
+    gpu = present()
+    assert gpu is not None
+    if gpu.capability[0] < case.least_capability:
         row.status, row.reason = REFUSED, "this GPU has no bulk copies"
         return row
-    most = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     # What the kernels have in shared memory of fixed size comes on top.
-    shared = min(SHARED_BYTES, most - (10 << 10)) if case.alone else 0
+    shared = min(SHARED_BYTES, gpu.shared_bytes - (10 << 10)) if case.alone else 0
     try:
         fit, row.reason = library.resident(
             case.kernel, threads=case.threads, cluster=case.cluster, shared_bytes=shared

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fuseblock.launch.gpu import A100, H200
+
 from .. import benchmarks_package
 from . import _import
 from .build import ROOT, Unavailable, build
@@ -109,10 +111,7 @@ def test_rows(emulated, kernels, monkeypatch: pytest.MonkeyPatch, unit: str) -> 
     monkeypatch.setattr(measure, "_milliseconds", milliseconds)
     for name, value in {"FEW": 2, "MANY": 4, "SAMPLES": 3}.items():
         monkeypatch.setattr(measure, name, value)
-    properties = SimpleNamespace(
-        major=9, shared_memory_per_block=48 << 10, shared_memory_per_block_optin=227 << 10
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(measure, "present", lambda: H200)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
     case = next(c for c in [*CASES, *cases.CASES] if c.unit == unit)
@@ -154,8 +153,7 @@ def test_rows_of_every_state_fit_the_table() -> None:
 
 
 def test_older_devices_refuse_bulk_copies(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    properties = SimpleNamespace(major=8, shared_memory_per_block_optin=163 << 10)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(measure, "present", lambda: A100)
     row = measure.measure(next(c for c in CASES if c.kernel == "gather_copies"), kernels, "cpu")
     assert (row.status, row.reason) == (measure.REFUSED, "this GPU has no bulk copies")
 
