@@ -273,6 +273,22 @@ def test_strided_and_misaligned_inputs(engine: Engine) -> None:
     torch.testing.assert_close(tuple(got), tuple(want), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e.variant)
+def test_strided_lengths(engine: Engine) -> None:
+    *tensors, lengths = LstmCase(3, 3, 4, 1, None, (3, 1, 2)).inputs(torch.float32)
+    strided = torch.stack((lengths, torch.full_like(lengths, 9)), 1)[:, 0]
+    orders = (lengths, strided)
+    y, h_n, c_n, gates, c = want = engine.lstm_recurrence(*tensors, lengths, None, True)
+    assert all(map(torch.equal, want, engine.lstm_recurrence(*tensors, strided, None, True)))
+    cotangents, saved = (y, h_n, c_n, gates, c), (gates, c, *tensors[2:])
+    first, same = (engine.lstm_recurrence_bwd(*cotangents, *saved, order, None) for order in orders)
+    assert all(map(torch.equal, first, same))
+    if engine is PER_STEP:
+        v = (gates, h_n, c_n, None, *cotangents, *saved)
+        second, same = (engine.lstm_recurrence_bwd_bwd(*v, order, None, first[0]) for order in orders)
+        assert all(map(torch.equal, second, same))
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_nan_and_infinity_travel_and_stay_in_their_rows() -> None:
     gx, h0, c0, w_hh, _, _ = LstmCase(3, 3, 4, 1, None, None).inputs(torch.float32)
@@ -306,6 +322,19 @@ def test_what_inactive_rows_receive_is_ignored() -> None:
             assert all(
                 x.isfinite().all() for x in engine.lstm_recurrence_bwd_bwd(*cotangents, *saved, first[0])
             )
+
+
+def test_tf32_is_allowed_as_for_pytorchs_operations() -> None:
+    """The newer of PyTorch's two interfaces, too, after whose use the older one raises."""
+    for operation, setting in (("matmul", torch.backends.cuda.matmul), ("conv", torch.backends.cudnn.conv)):
+        before = setting.fp32_precision
+        try:
+            for value in ("tf32", "ieee"):
+                setting.fp32_precision = value
+                assert _triton.precision(torch.float32, operation) == value
+                assert _triton.precision(torch.bfloat16, operation) == "ieee"
+        finally:
+            setting.fp32_precision = before
 
 
 def test_the_engine_is_chosen_with_a_reason() -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fuseblock.kernels import lstm_gates as _kernels
 
+from .. import _tables
+
 #: Whether kernels were decorated under TRITON_INTERPRET=1, which runs them on the CPU, for tests.
 INTERPRETED = not isinstance(_kernels.lstm_gates_fwd_kernel, triton.runtime.JITFunction)
 
@@ -92,9 +94,9 @@ def dense(x: Tensor | None, hidden: int) -> Tensor | None:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How float32 dots round their operands, for tl.dot; it says nothing about other dtypes."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def precision(dtype: torch.dtype, operation: str = "matmul") -> str:
+    """How float32 dots round their operands, for tl.dot, as PyTorch's "matmul" or "conv"; other dtypes ignore it."""
+    return "tf32" if dtype == torch.float32 and _tables.tf32(operation) else "ieee"
 
 
 def gpu_step_blocks(hidden: int) -> tuple[int, int]:

@@ -181,6 +181,7 @@ def lstm_recurrence(
         h0.clone(memory_format=torch.contiguous_format),
         c0.clone(memory_format=torch.contiguous_format),
     )
+    lengths = _rows(lengths)
     gates = gx.new_empty((n_steps, batch, directions * four_h) if save_state else (0,))
     c = c0.new_empty((n_steps, batch, directions * hidden) if save_state else (0,))
     scratch = gx.new_empty(0 if save_state else batch, four_h)
@@ -237,7 +238,7 @@ def lstm_recurrence_bwd(
     directions, four_h, proj = w_hh.shape
     hidden = four_h // 4
     dy, d_gates, d_c = _rows(dy), _rows(d_gates), _rows(d_c)
-    c0 = _rows(c0)
+    c0, lengths = _rows(c0), _rows(lengths)
     dgx = torch.empty_like(gates, memory_format=torch.contiguous_format)
     # The carried gradients live in the outputs that they become.
     dh0 = gates.new_zeros(directions, batch, proj) if dh_n is None else _fresh(dh_n, gates.dtype)
@@ -298,7 +299,7 @@ def lstm_recurrence_bwd_bwd(
     directions, four_h, proj = w_hh.shape
     hidden = four_h // 4
     dy, d_gates, d_c = _rows(dy), _rows(d_gates), _rows(d_c)
-    c0 = _rows(c0)
+    c0, lengths = _rows(c0), _rows(lengths)
     a_dy = gates.new_empty(n_steps, batch, directions * proj)
     a_dh_n = gates.new_zeros(directions, batch, proj) if v_dh0 is None else _fresh(v_dh0, gates.dtype)
     a_dc_n = (

@@ -72,7 +72,7 @@ def _blocks(
 
 def precision_of(dtype: torch.dtype) -> str:
     """How float32 products are taken: as PyTorch's convolutions do."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    return _triton.precision(dtype, "conv")
 
 
 def why_not(x: Tensor, weight: Tensor, *args: Any) -> str | None:

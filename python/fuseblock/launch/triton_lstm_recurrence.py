@@ -156,7 +156,7 @@ def persistent_fwd(
             _triton.dense(h0, hidden),
             _triton.dense(c0, hidden),
             _triton.dense(w_hh, hidden),
-            lengths,
+            _triton.dense(lengths, hidden),
             y,
             h_n,
             c_n,
@@ -205,8 +205,7 @@ def persistent_bwd(
     with torch.cuda.device_of(gates):
         lstm_recurrence_bwd_kernel[(triton.cdiv(batch, _BLOCK_B), directions)](
             dy,
-            *(_triton.dense(x, hidden) for x in (dh_n, dc_n, d_gates, d_c, gates, c, c0, w_hh)),
-            lengths,
+            *(_triton.dense(x, hidden) for x in (dh_n, dc_n, d_gates, d_c, gates, c, c0, w_hh, lengths)),
             dgx,
             dh0,
             dc0,
