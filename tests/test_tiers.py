@@ -96,7 +96,7 @@ def test_tables(rich: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert "cuda (per step) bwd sm_80 1 30 0 0" in lines
     assert "cuda (per step) bwd_bwd sm_80 1 40 0 0" in lines
     assert not any("bias_act" in line for line in lines)
-    assert any(line.endswith("sm_86, 48 SMs, 101,376 B shared") for line in lines)
+    assert "RTX A4000 8.6 48 101,376" in lines
     assert "cuda (per step) float16, bfloat16, float32 any any any any any" in lines
 
 
@@ -106,8 +106,9 @@ def test_where_nothing_runs_it_says_so() -> None:
         "largest_hidden": {"tier": {"small": {"float16": 0, "bfloat16": 0, "float32": None}}},
         "kernels": [],
     }
-    (_, _, rows), (_, _, resources) = _tiers.tables(found)
-    assert rows[1:] == [("tier", "float16, bfloat16", "none"), ("tier", "float32", "any")]
+    (_, _, limits), (_, _, rows), (_, _, resources) = _tiers.tables(found)
+    assert limits == [("small", "7.5", "1", "1")]
+    assert rows == [("tier", "float16, bfloat16", "none"), ("tier", "float32", "any")]
     assert resources == []
 
 

@@ -260,7 +260,7 @@ def test_what_is_asked() -> None:
     assert ("lstm_recurrence", "train", "ieee") not in kinds
     assert ("lstm", "forward", "ieee") in kinds
     assert ("lstm_recurrence_bwd", "forward", "float32") not in kinds
-    assert all(key["steps"] <= 1024 for _, key in found)
+    assert all(q.case.time <= 1024 for q, _ in found)
     assert not any(q.op == "lstm" and q.case.ragged for q, _ in found)
     only = questions.questions(["float32"], ["step-32", "cell-*"])
     assert [(q.op, q.mode) for q, _ in only] == [
@@ -327,6 +327,8 @@ def test_rivals_are_judged_by_float64(op: str, precision: str) -> None:
         contest = question.contest("cpu", seed=0)
     assert not torch.backends.cuda.matmul.allow_tf32
     assert all(x.dtype == torch.float64 for x in contest.reference.values())
+    # TF32 has float16's 10 bits of mantissa.
+    assert contest.resolution == (torch.float16 if precision == "tf32" else question.dtype)
     for rival in contest.rivals.values():
         results = rival.results()
         assert set(results) == set(contest.reference)

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,17 @@ Table = tuple[str, Sequence[str], list[Sequence[str]]]
 
 def limits() -> dict[str, Limit]:
     """The tiers by the labels of their candidates, in order of preference; Triton's where it is installed."""
-    found: dict[str, Limit] = {
-        f"cuda ({t.name})": t.largest_hidden for t in resident_recurrence.TIERS.values()
-    }
+    tiers = resident_recurrence.TIERS.values()
+    found: dict[str, Limit] = {f"cuda ({tier.name})": partial(_resident, tier) for tier in tiers}
     if importlib.util.find_spec("triton") is not None:
         found["triton (persistent)"] = _triton_persistent
         found["triton (fused step)"] = lambda dtype, gpu: None
     found["cuda (per step)"] = lambda dtype, gpu: None
     return found
+
+
+def _resident(tier: resident_recurrence.Tier, dtype: torch.dtype, gpu: Gpu) -> int:
+    return tier.largest_hidden(dtype, gpu) if dtype in tier.dtypes else 0
 
 
 def _triton_persistent(dtype: torch.dtype, gpu: Gpu) -> int:
@@ -84,15 +88,22 @@ def _spread(values: Iterable[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _limits_of(card: dict[str, Any]) -> str:
-    major, minor = card["capability"]
-    return f"sm_{major}{minor}, {card['multiprocessors']} SMs, {card['shared_bytes']:,} B shared"
-
-
 def tables(found: dict[str, Any]) -> list[Table]:
     """The report as tables."""
     cards = found["gpus"]
-    rows: list[Sequence[str]] = [("", "", *(_limits_of(card) for card in cards))]
+    limits = [
+        (c["name"], "{}.{}".format(*c["capability"]), str(c["multiprocessors"]), f"{c['shared_bytes']:,}")
+        for c in cards
+    ]
+    head: Sequence[str] = (
+        "GPU",
+        "compute capability",
+        "multiprocessors",
+        "shared bytes that a block may have",
+    )
+    gpu_limits: Table = ("GPUs", head, list(limits))
+
+    rows: list[Sequence[str]] = []
     for tier, by_card in found["largest_hidden"].items():
         by_limits: dict[tuple[str, ...], list[str]] = {}
         for dtype in (str(d).removeprefix("torch.") for d in _DTYPES):
@@ -114,7 +125,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
             spills = str(sum(k["spills"] for k in own))
             resources.append((tier, which, f"sm_{architecture}", str(len(own)), registers, shared, spills))
     head = ("tier", "pass", "for", "kernels", "registers of a thread", "shared bytes of a block", "spills")
-    return [largest_hidden, ("Kernels as assembled: smallest and largest", head, resources)]
+    return [gpu_limits, largest_hidden, ("Kernels as assembled: smallest and largest", head, resources)]
 
 
 def show(found: dict[str, Any]) -> None:
