@@ -50,6 +50,41 @@ def test_cuda_graph_capture_and_replay(name: str, dtype: torch.dtype) -> None:
     assert_near(y, lstm_recurrence_reference(*wide, None, lengths)[0], dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tritons_fused_step_in_a_cuda_graph(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch per step, forward and backward: replays follow the inputs, and one kernel serves all steps and all T."""
+    knobs = pytest.importorskip("triton").knobs
+    from fuseblock.launch import triton_lstm_recurrence_step as fused_step
+
+    def run(gx: Tensor, h0: Tensor, c0: Tensor, w_hh: Tensor) -> list[Tensor]:
+        y, h_n, c_n, gates, c = fused_step.fwd(gx, h0, c0, w_hh, None, lengths, None, True)
+        return [y, *fused_step.bwd(y, h_n, c_n, None, None, gates, c, c0, w_hh, None, lengths, None)[:3]]
+
+    inputs = recurrence_inputs(dtype, time=33, hidden=192)
+    lengths = torch.tensor([33, 0, 16, 5, 1], device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(*inputs)  # compiles outside of the capture
+    torch.cuda.current_stream().wait_stream(side)
+    compiled: list[str] = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **info: compiled.append(info["repr"]))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run(*inputs)
+    for x in inputs[:3]:
+        x.copy_(torch.randn_like(x))
+    lengths.copy_(torch.tensor([2, 33, 0, 4, 16], device="cuda"))
+    graph.replay()
+    assert all(map(torch.equal, outputs, run(*inputs)))
+    assert_near(
+        outputs[0], lstm_recurrence_reference(*(x.double() for x in inputs), None, lengths)[0], dtype, 192
+    )
+    for time in (1, 2, 16):
+        run(inputs[0][:time], *inputs[1:])
+    assert compiled == []
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_work_runs_on_the_current_stream(name: str) -> None:
     gates, c = torch.randn(4096, 4096, device="cuda"), torch.randn(4096, 1024, device="cuda")
