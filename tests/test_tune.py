@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 from collections.abc import Iterator
@@ -37,11 +38,14 @@ def _short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SAMPLE_S", 1e-4)
     monkeypatch.setattr(timing, "SETTLE_S", 0)
     monkeypatch.setattr(timing, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 @pytest.fixture(autouse=True)
-def _no_interpreted_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_interpreted_candidates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter takes CPU tensors in this process, and long."""
+    if request.node.get_closest_marker("gpu"):
+        return
     for op in questions.OPS[:2]:
         compiled = [c for c in dispatch.candidates(op) if c.name in ("cpu", "reference")]
         monkeypatch.setitem(dispatch._CANDIDATES, op, tuple(compiled))
@@ -246,6 +250,23 @@ def test_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_times_within_two_percent_are_equal() -> None:
     assert tune.Outcome({"a": 1.0, "b": 0.985, "c": 0.99}, {}).best == "a"
     assert tune.Outcome({"a": 1.0, "b": 0.97, "c": 0.96}, {}).best == "b"
+
+
+@pytest.mark.gpu
+def test_a_gpu_follows_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / _tables.file_name(torch.cuda.get_device_name())
+    assert run(out, "--dtype", "float16", device="cuda") == tune.COMPLETE
+    monkeypatch.setenv("FUSEBLOCK_CONFIGS", str(tmp_path))
+    _tables.of.cache_clear()
+    try:
+        question = questions.Question("lstm_recurrence", SMALL, "train", "float16")
+        args = question._forward_args("cuda", seed=0)
+        explanation = fuseblock.explain("lstm_recurrence", *args)
+        (entry,) = (e for e in read(out)["ops"]["lstm_recurrence"] if e["key"] == question.key())
+        assert explanation.chosen == entry["best"]
+        assert explanation.rule.startswith(f"table {out.name}: measured ")
+    finally:
+        _tables.of.cache_clear()
 
 
 # --- the questions
