@@ -39,6 +39,7 @@ struct LstmFwd {
   void* gates;  // null together with c: no state is saved
   float* c;
   void* workspace;  // see the tier; null where it needs none
+  int64_t workspace_bytes;
 };
 
 struct LstmBwd {
@@ -54,6 +55,7 @@ struct LstmBwd {
   void *dgx, *dh0;
   float* dc0;
   void* workspace;
+  int64_t workspace_bytes;
 };
 
 }  // namespace fuseblock

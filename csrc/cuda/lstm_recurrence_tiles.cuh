@@ -143,9 +143,9 @@ __device__ __forceinline__ void put_gates(Core<T>* to, int stride, const GateVec
 }
 
 // Two rows of one unit, element by element: for float32 states, of which a warp takes whole sectors of 32 bytes.
-template <class T, class W>
-__device__ __forceinline__ Vec<T, 2> load_cells(const W& from, int row, int unit) {
-  return pair(from.template load<1>(row, unit).element[0], from.template load<1>(row + 1, unit).element[0]);
+template <class T>
+__device__ __forceinline__ Vec<T, 2> load_cells(const Window<const T, true>& from, int row, int unit, int gate = 0) {
+  return pair(from.template load<1>(row, unit, gate).element[0], from.template load<1>(row + 1, unit, gate).element[0]);
 }
 template <class T>
 __device__ __forceinline__ void store_cells(const Window<T, true>& to, int row, int unit, const Vec<T, 2>& x) {
@@ -173,20 +173,20 @@ __device__ __forceinline__ WeightTile forward_tile(const T* w_hh, const Slice& s
   return tile;
 }
 
-// Backward: 16 units of the result (rows m and m + 8 are units 2m and 2m + 1) by an operand step of gate rows. gate_row(k) says
-// which: k -> {gate, unit}; an even k and the next one belong to the same gate.
-template <class T, int kPasses, class Slice, class F>
-__device__ __forceinline__ WeightTile backward_tile(const T* w_hh, const Slice& slice, int first_unit, int k, F gate_row,
-                                                    const Lane& me) {
+// Backward: 16 units of the result from `result` on (rows m and m + 8 are units 2m and 2m + 1) by an operand step from k on,
+// which counts gate rows: `count` units, even, from `first_unit` on of gate i, then of f, g, o.
+template <class T, int kPasses, class Slice>
+__device__ __forceinline__ WeightTile backward_tile(const T* w_hh, const Slice& slice, int result, int first_unit, int count,
+                                                    int k, const Lane& me) {
   WeightTile tile;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const auto [gate, row] = gate_row(k + me.index % 4 * kWord<T> + half * kVectorWidth<T>);
-    const auto w = slice.weights(w_hh, gate);
-    const int unit = first_unit + 2 * me.unit;
-    const Vec<T, 2> x = w.template load<2>(row, unit);
+    const int gate_row = k + me.index % 4 * kWord<T> + half * kVectorWidth<T>;
+    const int row = first_unit + gate_row % count, column = result + 2 * me.unit;
+    const auto w = slice.weights(w_hh, gate_row / count);
+    const Vec<T, 2> x = w.template load<2>(row, column);
     if constexpr (sizeof(T) == 2) {
-      const Vec<T, 2> next = w.template load<2>(row + 1, unit);
+      const Vec<T, 2> next = w.template load<2>(row + 1, column);
       tile.part[2 * half] = bits(pair(x.element[0], next.element[0]));
       tile.part[2 * half + 1] = bits(pair(x.element[1], next.element[1]));
     } else {
@@ -226,34 +226,58 @@ struct ResidentTiles {
 // Sums of mma: of the lane's two rows in one unit (of one gate), then in another.
 using Sums = Vec<float, 4>;
 
-// sum[m] = the warp's kRows tiles of 16 rows times one tile of the batch, over kSteps operand steps from core matrix b[0] on.
-// The weights' tile of rows m and step k is number k * kRows + m. At least four chains of mma are on their way at a time.
-template <class T, int kPasses, int kSteps, int kRows, class Tiles>
-__device__ __forceinline__ void multiply_all(Sums (&sum)[kRows], const Tiles& weights, const Core<T>* b, const Lane& me) {
+// sum[tile][m] = the warp's kRows tiles of 16 rows times each tile of the batch, over kSteps operand steps from core matrix b[0]
+// on; `stride`: core matrices from one tile of the batch to the next. The weights' tile of rows m and step k is number
+// k * kRows + m. At least four chains of mma are on their way at a time, where there are as many tiles or steps.
+template <class T, int kPasses, int kSteps, int kTiles, int kRows, class Tiles>
+__device__ __forceinline__ void multiply_all(Sums (&sum)[kTiles][kRows], const Tiles& weights, const Core<T>* b, int stride,
+                                             const Lane& me) {
   static_assert(kSteps % 2 == 0);
-  constexpr int kChains = kRows < 4 ? 2 : 1;
-  float chain[kRows][kChains][4] = {};
+  constexpr int kChains = kTiles * kRows < 4 ? 2 : 1;
+  Sum<kPasses> chain[kTiles][kRows][kChains];
 #pragma unroll
   for (int k = 0; k < kSteps; k += 2) {
-    uint32_t r[4];
-    ldmatrix<4>(r, &b[2 * k + me.index / kTileRows].row[me.index % kTileRows]);
-    const RightOperand<T, kPasses> operands[] = {right_operand<T, kPasses>(r[0], r[1]),
-                                                 right_operand<T, kPasses>(r[2], r[3])};
+    RightOperand<T, kPasses> operands[kTiles][2];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      uint32_t r[4];
+      ldmatrix<4>(r, &b[tile * stride + 2 * k + me.index / kTileRows].row[me.index % kTileRows]);
+      operands[tile][0] = right_operand<T, kPasses>(r[0], r[1]);
+      operands[tile][1] = right_operand<T, kPasses>(r[2], r[3]);
+    }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
+      // Or the loads of all weights in shared memory begin at once, and take the registers of the others.
+      if ((k + n + 1) * kRows > Tiles::kHeld) __syncwarp();
 #pragma unroll
       for (int m = 0; m < kRows; ++m) {
-        multiply<T, kPasses>(chain[m][n % kChains], weights.get((k + n) * kRows + m).part, operands[n]);
+        const WeightTile weight = weights.get((k + n) * kRows + m);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          multiply<T, kPasses>(chain[tile][m][n % kChains], weight.part, operands[tile][n]);
+        }
       }
     }
   }
 #pragma unroll
-  for (int m = 0; m < kRows; ++m) {
+  for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      sum[m].element[n] = kChains == 1 ? chain[m][0][n] : chain[m][0][n] + chain[m][kChains - 1][n];
+    for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        sum[tile][m].element[n] = chain[tile][m][0][n] + (kChains == 1 ? 0 : chain[tile][m][kChains - 1][n]);
+      }
     }
   }
+}
+
+// The same for one tile of the batch.
+template <class T, int kPasses, int kSteps, int kRows, class Tiles>
+__device__ __forceinline__ void multiply_all(Sums (&sum)[kRows], const Tiles& weights, const Core<T>* b, const Lane& me) {
+  Sums of_tile[1][kRows];
+  multiply_all<T, kPasses, kSteps>(of_tile, weights, b, 0, me);
+#pragma unroll
+  for (int m = 0; m < kRows; ++m) sum[m] = of_tile[0][m];
 }
 
 // Forward, where kParts warps have each multiplied a part of k for the same units: their sums, in a fixed order. Part p owns

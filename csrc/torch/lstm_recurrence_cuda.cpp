@@ -3,6 +3,7 @@
 #if defined(WITH_CUDA)
 
 #include "cuda/lstm_recurrence_block.h"
+#include "cuda/lstm_recurrence_grid.h"
 #include "torch/cuda_tensors.h"
 
 namespace fuseblock::torch_cuda {
@@ -110,7 +111,8 @@ void fwd(const Tensor& gx, const Tensor& h0, const Tensor& c0, const Tensor& w_h
                    .c_n = call.cell(c_n, "c_n"),
                    .gates = call.gates(gates, "gates"),
                    .c = call.states(c, "c"),
-                   .workspace = call.workspace(workspace)};
+                   .workspace = call.workspace(workspace),
+                   .workspace_bytes = workspace.has_value() ? workspace->size(0) : 0};
   call.launch(kLauncher, op);
 }
 
@@ -133,12 +135,13 @@ void bwd(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n
                    .dgx = call.gates(dgx, "dgx"),
                    .dh0 = call.hidden(dh0, "dh0"),
                    .dc0 = call.cell(dc0, "dc0"),
-                   .workspace = call.workspace(workspace)};
+                   .workspace = call.workspace(workspace),
+                   .workspace_bytes = workspace.has_value() ? workspace->size(0) : 0};
   call.launch(kLauncher, op);
 }
 
 // One pair of operators for every tier.
-#define FB_LSTM_TIERS(X) X(block)
+#define FB_LSTM_TIERS(X) X(block) X(grid)
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fuseblock_cuda, m) {
 #define FB_DEFINE(tier)                                                                                              \

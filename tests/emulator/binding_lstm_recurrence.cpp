@@ -32,6 +32,8 @@ T* address(H x) {
   return x.is_none() ? nullptr : reinterpret_cast<T*>(x.attr("data_ptr")().cast<uintptr_t>());
 }
 
+int64_t bytes(H x) { return x.is_none() ? 0 : x.attr("nbytes").cast<int64_t>(); }
+
 // (steps, batch, columns) with contiguous columns.
 Sequence sequence(H x) {
   if (x.is_none()) return {};
@@ -60,7 +62,7 @@ void fwd(H gx, H h0, H c0, H w_hh, H lengths, H y, H h_n, H c_n, H gates, H c, H
   launch(FB_LAUNCHER(FB_TIER, fwd),
          {shape(gx, c0, lengths, gpu, passes), sequence(gx), address<void>(h0), address<void>(w_hh), address<float>(c0),
           address<void>(y), address<void>(h_n), address<float>(c_n), address<void>(gates), address<float>(c),
-          address<void>(workspace)},
+          address<void>(workspace), bytes(workspace)},
          dtype);
 }
 
@@ -70,7 +72,7 @@ void bwd(H dy, H dh_n, H dc_n, H d_gates, H d_c, H gates, H c, H c0, H w_hh, H l
          {shape(gates, c0, lengths, gpu, passes), sequence(dy), address<void>(dh_n), address<float>(dc_n),
           address<void>(d_gates), address<float>(d_c), address<void>(gates), address<float>(c), address<float>(c0),
           address<void>(w_hh), address<void>(dgx), address<void>(dh0), address<float>(dc0),
-          address<void>(workspace)},
+          address<void>(workspace), bytes(workspace)},
          dtype);
 }
 

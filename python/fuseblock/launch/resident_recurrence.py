@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from . import lstm_grid
 from .gpu import H200, Gpu, present
 
 #: Offsets within the rows of a slice of the batch have 32 bits in the kernels.
@@ -70,6 +71,7 @@ TIERS = {
     tier.name: tier
     for tier in (
         Tier("block", (*_HALF, torch.float32), lambda dtype, gpu: 64 if dtype == torch.float32 else 128),
+        Tier("grid", _HALF, lstm_grid.largest_hidden, lstm_grid.workspace_bytes),
     )
 }
 

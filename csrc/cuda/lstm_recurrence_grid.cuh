@@ -1,0 +1,117 @@
+// What both kernels of the grid tier are made of: who owns what, shared memory, ways through L2.
+//
+//   passes   of mma over the operands: lstm_recurrence_operands.cuh
+//   S        the class: half of a warp's tiles of weights; all other sizes are run-time values of the Plan
+//
+// h and d(gates) are sequences of core matrices (lstm_recurrence_tiles.cuh) in L2 as in shared memory, tile of rows after tile
+// of rows: each block stores its part, and copies what the product needs as it lies.
+#pragma once
+
+#include "cuda/async_copy.h"
+#include "cuda/grid_barrier.h"
+#include "cuda/lstm_recurrence_grid_plan.h"
+#include "cuda/lstm_recurrence_tiles.cuh"
+
+namespace fuseblock::lstm_grid {
+
+using namespace lstm_recurrence;
+
+// Where a thread stands. The first groups x tiles warps own the cells of a group of 8 units in a tile of 8 rows.
+struct Place {
+  Lane lane;
+  int warp = threadIdx.x / 32;
+  int team, member;  // the block, among those of its team
+  int group, tile;
+  bool owns_cells;
+  int first_unit, first_row;  // of the warp
+  int unit, row;              // of the lane
+
+  __device__ explicit Place(const Plan& plan) {
+    team = blockIdx.x / plan.blocks;
+    member = blockIdx.x % plan.blocks;
+    group = warp % plan.groups;
+    tile = warp / plan.groups;
+    owns_cells = tile < plan.tiles;
+    first_unit = (member * plan.groups + group) * kTileUnits;
+    first_row = tile * kTileRows;
+    unit = first_unit + lane.unit;
+    row = first_row + lane.row;
+  }
+};
+
+// What a warp has for itself in shared memory: the gates of its cell tile, on their way in and out, and one value more.
+template <class T>
+struct Stage {
+  Core<T> gates[kGates * kTileCores<T>], cells[kTileCores<T>];
+  static_assert(kGates + 1 == kStageTiles);
+};
+
+template <class T, int S>
+using Weights = ResidentTiles<2 * S, kTilesInRegisters>;
+
+// Some rows of the batch in one direction.
+struct Job {
+  int direction;
+  int64_t first_row;
+  int most_rows;
+
+  __device__ Job(int number, const LstmShape& shape, const Plan& plan) : most_rows(plan.tiles * kTileRows) {
+    direction = number % static_cast<int>(shape.directions);
+    first_row = number / shape.directions * most_rows;
+  }
+};
+
+// A counter of blocks.
+struct Counter {
+  GridBarrier barrier;
+  unsigned char others_keep_away[kCounterBytes - sizeof(GridBarrier)];
+};
+
+// What blocks give each other in a step, in turns of two places: buffer n % 2 for the n-th step of the team.
+struct Ring {
+  unsigned char* data;
+  int64_t bytes;  // of one step
+
+  __device__ unsigned char* step(unsigned n) const { return data + n % 2 * bytes; }
+};
+
+// The whole block copies what others have stored, after it has waited for them. cp.async of 16 bytes reads L2, past the
+// multiprocessor's own cache; it is issued behind the barrier that follows the acquiring load, so it finds what was released.
+__device__ __forceinline__ void gather(void* shared, const unsigned char* global, int bytes) {
+  for (int at = threadIdx.x * 16; at < bytes; at += kThreads * 16) {
+    copy_async<16>(static_cast<unsigned char*>(shared) + at, global + at);
+  }
+  copy_async_wait_all();
+  __syncthreads();
+}
+
+// The pieces of a warp's stage to where `gather` finds them.
+template <int kParts, class T>
+__device__ __forceinline__ void publish(unsigned char* global, const Core<T>* stage, const Lane& me) {
+  Pieces<T, kParts>::each(me, [&](int, int core, int row, int, int) {
+    store_l2(&reinterpret_cast<Core<T>*>(global)[core].row[row], stage[core].row[row]);
+  });
+}
+
+// Calls launch.operator()<T, passes, S>(plan) for this call's plan; cudaSuccess where there is nothing to do.
+template <class Launch>
+cudaError_t dispatch(const LstmShape& shape, int dtype, const void* w_hh, const void* workspace, int64_t workspace_bytes,
+                     bool backward, Launch launch) {
+  const bool valid = shape.steps > 0 && shape.steps <= INT32_MAX && shape.batch >= 0 && shape.hidden >= 0 &&
+                     shape.hidden <= INT32_MAX && (shape.directions == 1 || shape.directions == 2);
+  if (!valid || !are_aligned({w_hh, workspace}) || (dtype != kFloat16 && dtype != kBFloat16)) return cudaErrorInvalidValue;
+  if (shape.batch == 0 || shape.hidden == 0) return cudaSuccess;
+  const Plan plan = plan_of(shape, 2, backward);
+  if (plan.jobs == 0) return cudaErrorCooperativeLaunchTooLarge;
+  if (plan.teams * plan.team_bytes > workspace_bytes) return cudaErrorInvalidValue;
+#define FB_LSTM_GRID_CASE(S)                                                                  \
+  if (plan.steps == S) {                                                                      \
+    return dtype == kFloat16 ? launch.template operator()<__half, 1, S>(plan)                 \
+                             : launch.template operator()<__nv_bfloat16, 1, S>(plan);         \
+  }
+  FB_LSTM_GRID_CLASSES(FB_LSTM_GRID_CASE)
+#undef FB_LSTM_GRID_CASE
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace fuseblock::lstm_grid

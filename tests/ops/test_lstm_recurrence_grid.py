@@ -1,0 +1,321 @@
+"""The recurrence's grid tier, emulated: values over odd sizes and small GPUs, any order of events, plans, refusals."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fuseblock
+from fuseblock import dispatch
+from fuseblock.launch import lstm_grid, resident_recurrence
+from fuseblock.launch.gpu import A100, H200, KNOWN, Gpu
+
+from ..backends import available
+from ..emulator import load_recurrence
+from ..emulator.build import ROOT
+from .lstm_cases import LstmCase, check_backward, check_forward
+
+DTYPES = [torch.float16, torch.bfloat16]
+GRID = resident_recurrence.TIERS["grid"]
+BATCHES, HIDDENS, STEPS = (1, 3, 8, 17), (24, 40, 100, 128, 200, 256, 320), (1, 2, 33)
+
+
+class GridOps:
+    """The first-order operators of the recurrence, run by the emulated grid tier alone, on a GPU of the kernels' limits."""
+
+    def __init__(self) -> None:
+        self.kernels = load_recurrence("grid")
+
+    @property
+    def gpu(self) -> Gpu:
+        limits = self.kernels.multiprocessors, self.kernels.shared_bytes
+        return replace(H200, name="emulated", multiprocessors=limits[0], shared_bytes=limits[1])
+
+    def lstm_recurrence(self, *args: Any) -> tuple[Tensor, ...]:
+        return resident_recurrence.lstm_recurrence(GRID, self.kernels, *args)
+
+    def lstm_recurrence_bwd(self, *args: Any) -> tuple[Tensor, ...]:
+        return resident_recurrence.lstm_recurrence_bwd(GRID, self.kernels, *args)
+
+
+@pytest.fixture
+def grid(monkeypatch: pytest.MonkeyPatch) -> Iterator[GridOps]:
+    ops = GridOps()
+    # The workspace is as small as the emulated GPU allows.
+    monkeypatch.setattr(resident_recurrence, "gpu_of", lambda x: ops.gpu)
+    yield ops
+    ops.kernels.multiprocessors, ops.kernels.shared_bytes = H200.multiprocessors, H200.shared_bytes
+    ops.kernels.set_seed(0)
+
+
+def case(steps: int, batch: int, hidden: int, directions: int, with_lengths: bool) -> LstmCase:
+    """Lengths from 0 to steps, every row another one."""
+    lengths = tuple((7 * b + steps) % (steps + 1) for b in range(batch)) if with_lengths else None
+    return LstmCase(steps, batch, hidden, directions, None, lengths)
+
+
+#: Every pair of values of two different columns occurs: steps, batch, hidden, directions, lengths, multiprocessors.
+PAIRWISE = [
+    (2, 1, 24, 1, False, 4),
+    (33, 3, 24, 2, True, 132),
+    (1, 8, 24, 2, False, 132),
+    (1, 17, 40, 2, True, 4),
+    (33, 8, 40, 1, False, 4),
+    (2, 3, 40, 1, True, 132),
+    (33, 1, 100, 2, False, 132),
+    (1, 3, 100, 1, True, 4),
+    (2, 17, 100, 2, False, 4),
+    (2, 8, 128, 2, True, 132),
+    (33, 17, 128, 1, True, 4),
+    (1, 1, 128, 1, False, 4),
+    (2, 3, 200, 1, False, 4),
+    (1, 17, 200, 2, True, 132),
+    (33, 1, 200, 1, True, 4),
+    (1, 8, 256, 2, False, 4),
+    (2, 1, 256, 1, True, 132),
+    (33, 3, 256, 2, True, 4),
+    (1, 3, 320, 2, False, 132),
+    (2, 17, 320, 1, True, 16),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", PAIRWISE, ids=str)
+def test_parity(grid: GridOps, sizes: tuple[Any, ...], dtype: torch.dtype) -> None:
+    *problem, grid.kernels.multiprocessors = sizes
+    check_forward(grid, case(*problem), dtype)
+    check_backward(grid, case(*problem), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", HIDDENS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_parity_of_every_size(grid: GridOps, batch: int, hidden: int, dtype: torch.dtype) -> None:
+    every = itertools.product(STEPS, (1, 2), (False, True))
+    for seed, (steps, directions, with_lengths) in enumerate(every):
+        grid.kernels.multiprocessors = (6, 24, 132)[seed % 3]
+        grid.kernels.set_seed(seed)
+        check_forward(grid, case(steps, batch, hidden, directions, with_lengths), dtype)
+        check_backward(grid, case(steps, batch, hidden, directions, with_lengths), dtype)
+
+
+#: For every class a GPU that just holds a layer of it: class -> multiprocessors, hidden. From 24 on, weights are in shared
+#: memory, too.
+CLASSES = {
+    2: (5, 40),
+    4: (14, 200),
+    6: (18, 264),
+    8: (1, 40),
+    12: (9, 264),
+    16: (4, 136),
+    24: (6, 264),
+    28: (28, 776),
+    32: (8, 392),
+}
+
+
+@pytest.mark.parametrize("steps", lstm_grid.CLASSES)
+def test_every_class(grid: GridOps, steps: int) -> None:
+    grid.kernels.multiprocessors, hidden = CLASSES[steps]
+    for backward, check in ((False, check_forward), (True, check_backward)):
+        check(grid, case(2, 3, hidden, 1, False), torch.bfloat16)
+        teams = {team.blocks: team for team in lstm_grid.teams(torch.bfloat16, hidden, backward, grid.gpu)}
+        assert teams[grid.kernels.last_launch()[0]].steps == steps
+
+
+#: Several jobs for each of several teams; one team with both directions; tiles beside each other.
+ORDERS = [(8, 20, 40, 2), (4, 9, 100, 2), (2, 17, 40, 1), (20, 9, 136, 1)]
+
+
+@pytest.mark.parametrize(("multiprocessors", "batch", "hidden", "directions"), ORDERS)
+def test_events_in_any_order(
+    grid: GridOps, multiprocessors: int, batch: int, hidden: int, directions: int
+) -> None:
+    """Bit for bit: blocks wait where they must, and nothing depends on who comes first or what arrives late."""
+    grid.kernels.multiprocessors = multiprocessors
+    *tensors, lengths = case(5, batch, hidden, directions, True).inputs(torch.bfloat16)
+    results = []
+    for seed in range(12):
+        grid.kernels.set_seed(seed)
+        y, h_n, c_n, gates, c = grid.lstm_recurrence(*tensors, lengths, None, True)
+        saved = (gates, c, tensors[2], tensors[3], None, lengths, None)
+        results.append([y, h_n, c_n, gates, c, *grid.lstm_recurrence_bwd(y, h_n, c_n, None, None, *saved)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_absent_gradients_mean_zeros(grid: GridOps) -> None:
+    grid.kernels.multiprocessors = 4
+    for given in [(), (0,), (1,), (2,), (3,), (4,), (0, 1, 2)]:
+        check_backward(grid, case(4, 3, 40, 2, True), torch.bfloat16, given=given)
+
+
+#: Multiprocessors, hidden, batch, directions -> blocks forward, backward.
+PLANS = [
+    (66, 512, 8, 1, 64, 64),  # 8 units a block
+    (66, 512, 16, 1, 64, 64),  # two teams of blocks of 16 units, 8 rows each
+    (66, 512, 64, 1, 64, 64),  # four teams of 32 units, two tiles of 8 rows
+    (66, 512, 8, 2, 64, 64),  # a team for each direction
+    (66, 500, 8, 1, 63, 64),  # row groups are whole
+    (48, 768, 8, 1, 48, 48),
+    (4, 128, 8, 1, 4, 4),
+    (9, 128, 8, 1, 8, 8),
+]
+
+
+@pytest.mark.parametrize(("multiprocessors", "hidden", "batch", "directions", "forward", "backward"), PLANS)
+def test_blocks(
+    grid: GridOps, multiprocessors: int, hidden: int, batch: int, directions: int, forward: int, backward: int
+) -> None:
+    grid.kernels.multiprocessors = multiprocessors
+    gx, h0, c0, w_hh, _, _ = case(1, batch, hidden, directions, False).inputs(torch.float16)
+    y, _, _, gates, c = grid.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
+    assert grid.kernels.last_launch() == (forward, 1, 256)
+    grid.lstm_recurrence_bwd(y, None, None, None, None, gates, c, c0, w_hh, None, None, None)
+    assert grid.kernels.last_launch() == (backward, 1, 256)
+
+
+@pytest.mark.parametrize("layout", ["batch first", "sliced", "shifted", "expanded"])
+def test_layouts(grid: GridOps, layout: str) -> None:
+    grid.kernels.multiprocessors = 4
+    gx, h0, c0, w_hh, _, _ = case(4, 3, 40, 2, False).inputs(torch.bfloat16)
+    y, h_n, c_n, gates, c = grid.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
+    saved = (gates, c, c0, w_hh, None, None, None)
+    dy = torch.ones_like(y)
+    want = grid.lstm_recurrence_bwd(dy, None, None, None, None, *saved)
+
+    def other(x: Tensor) -> Tensor:
+        if layout == "batch first":
+            return x.transpose(0, 1).contiguous().transpose(0, 1)
+        if layout == "sliced":
+            return torch.cat([x, x.new_full(x.shape, float("nan"))], -1)[..., : x.shape[-1]]
+        flat = torch.nn.functional.pad(x.flatten(), (1, 0), value=float("nan"))
+        return flat[1:].view(x.shape)
+
+    if layout == "expanded":
+        dy = torch.ones((), dtype=dy.dtype).expand(dy.shape)
+    else:
+        gx, h0, c0, w_hh, dy, gates, c = map(other, (gx, h0, c0, w_hh, dy, gates, c))
+    got = grid.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
+    assert all(torch.equal(a, b) for a, b in zip(got[:3], (y, h_n, c_n), strict=True))
+    got = grid.lstm_recurrence_bwd(dy, None, None, None, None, gates, c, c0, w_hh, None, None, None)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_what_inactive_rows_must_ignore_may_be_nan(grid: GridOps) -> None:
+    grid.kernels.multiprocessors = 4
+    gx, h0, c0, w_hh, _, lengths = case(4, 3, 40, 2, True).inputs(torch.float16)
+    beyond = torch.arange(4)[:, None] >= lengths[None]
+    y, h_n, c_n, gates, c = grid.lstm_recurrence(gx, h0, c0, w_hh, None, lengths, None, True)
+    saved = (c, c0, w_hh, None, lengths, None)
+    want = grid.lstm_recurrence_bwd(y, h_n, c_n, gates, c, gates, *saved)
+    gx, dy, d_gates, dirty = (x.masked_fill(beyond[..., None], float("nan")) for x in (gx, y, gates, gates))
+    got = grid.lstm_recurrence(gx, h0, c0, w_hh, None, lengths, None, True)
+    assert all(torch.equal(a, b) for a, b in zip(got, (y, h_n, c_n, gates, c), strict=True))
+    got = grid.lstm_recurrence_bwd(dy, h_n, c_n, d_gates, c, dirty, *saved)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_rows_do_not_touch_each_other(grid: GridOps) -> None:
+    """A row that is not a number stays alone in its tile."""
+    grid.kernels.multiprocessors = 4
+    gx, h0, c0, w_hh, _, _ = case(3, 12, 40, 1, False).inputs(torch.float16)
+    want, *_ = grid.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
+    gx[0, 2] = float("nan")
+    got, *_ = grid.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
+    assert got[:, 2].isnan().all()
+    others = [n for n in range(12) if n != 2]
+    assert torch.equal(got[:, others], want[:, others])
+
+
+@pytest.mark.parametrize("empty", ["batch", "hidden"])
+def test_nothing_to_do(grid: GridOps, empty: str) -> None:
+    gx, h0, c0, w_hh, _, _ = case(2, 0 if empty == "batch" else 3, 24, 1, False).inputs(torch.float16)
+    if empty == "hidden":
+        gx, h0, c0, w_hh = gx[..., :0], h0[..., :0], c0[..., :0], w_hh[:, :0, :0]
+    y, h_n, c_n, gates, c = grid.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
+    assert y.shape == (*gx.shape[:2], c0.shape[2])
+    dgx, dh0, dc0, _ = grid.lstm_recurrence_bwd(
+        y, None, None, None, None, gates, c, c0, w_hh, None, None, None
+    )
+    assert (dgx.shape, dh0.shape, dc0.shape) == (gx.shape, h0.shape, c0.shape)
+
+
+def test_classes_are_those_of_the_header() -> None:
+    header = (ROOT / "csrc" / "cuda" / "lstm_recurrence_grid.h").read_text()
+    assert tuple(int(x) for x in re.findall(r"X\((\d+)\)", header)) == lstm_grid.CLASSES
+
+
+#: Multiprocessors, shared memory -> the largest H.
+LIMITS = {(2, 232_448): 128, (4, 232_448): 256, (8, 232_448): 512, (8, 65_536): 256}
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+def test_limits_are_those_of_the_launchers(grid: GridOps, limits: tuple[int, int]) -> None:
+    grid.kernels.multiprocessors, grid.kernels.shared_bytes = limits
+    largest = LIMITS[limits]
+    assert GRID.largest_hidden(torch.float16, grid.gpu) == largest
+    check_forward(grid, case(1, 1, largest, 1, False), torch.float16)
+    check_backward(grid, case(1, 1, largest, 1, False), torch.float16)
+    # 720: cudaErrorCooperativeLaunchTooLarge
+    with pytest.raises(ValueError, match="cudaError 720"):
+        check_backward(grid, case(1, 1, largest + 8, 1, False), torch.float16)
+
+
+def test_limits_of_known_gpus() -> None:
+    limits = {gpu.name: GRID.largest_hidden(torch.bfloat16, gpu) for gpu in KNOWN}
+    assert limits == {"H200": 2048, "H100 SXM": 2048, "H100 PCIe": 1792, "A100": 1568, "RTX A4000": 768}
+    assert GRID.largest_hidden(torch.bfloat16, replace(A100, capability=(7, 5))) == 0
+
+
+@pytest.mark.parametrize("short", [0, 1000])
+def test_too_small_a_workspace_is_an_error(grid: GridOps, short: int) -> None:
+    tier = replace(GRID, workspace_bytes=lambda *args: short)
+    args = (*case(1, 3, 40, 1, False).inputs(torch.float16), None, True)
+    with pytest.raises(ValueError, match="cudaError 1$"):
+        resident_recurrence.lstm_recurrence(tier, grid.kernels, *args)
+
+
+DECLINED = {
+    "float32": (LstmCase(2, 3, 136, 1, None, None), torch.float32, H200, "float16 and bfloat16"),
+    "large": (LstmCase(1, 1, 2056, 1, None, None), torch.float16, H200, "H = 2056"),
+    "projection": (LstmCase(2, 3, 136, 1, 8, None), torch.bfloat16, H200, "projection"),
+    "small": (
+        LstmCase(2, 3, 1024, 1, None, None),
+        torch.float16,
+        replace(A100, name="a MIG slice", multiprocessors=14),
+        "does not fit into the grid tier on a MIG slice (limit 512)",
+    ),
+    "old": (
+        LstmCase(2, 3, 136, 1, None, None),
+        torch.float16,
+        replace(A100, name="T4", capability=(7, 5)),
+        "does not run on T4",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DECLINED)
+def test_declined_calls_run_per_step_and_say_why(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, dtype, gpu, reason = DECLINED[kind]
+    monkeypatch.setattr(resident_recurrence, "gpu_of", lambda x: gpu)
+    args = (*problem.inputs(dtype), None, True)
+    with available("cuda"), fuseblock.backend("cuda"):
+        explanation = dict(fuseblock.explain("lstm_recurrence", *args).reasons)
+        assert reason in str(explanation["cuda (grid)"])
+        assert dispatch.choose("lstm_recurrence", args).variant == "per step"
+
+
+def test_chosen_where_a_block_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident_recurrence, "gpu_of", lambda x: A100)
+    args = (*LstmCase(1, 3, 136, 1, None, None).inputs(torch.bfloat16), None, True)
+    with available("cuda"), fuseblock.backend("cuda"):
+        assert dispatch.choose("lstm_recurrence", args).variant == "grid"
