@@ -48,12 +48,12 @@ class BlockOps:
 def passes_of_float32(count: int) -> Iterator[None]:
     """PyTorch may, with 1, or may not, with 3, round the operands of float32 products to TF32 meanwhile."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    matmul.allow_tf32 = count == 1
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if count == 1 else "ieee"
     try:
         yield
     finally:
-        matmul.allow_tf32 = before
+        matmul.fp32_precision = before
 
 
 def check(block: BlockOps, problem: LstmCase, dtype: torch.dtype, passes: int, **options: Any) -> None:
@@ -128,6 +128,16 @@ def test_parity_of_every_size(
     for steps, directions, with_lengths in itertools.product(STEPS, (1, 2), (False, True)):
         block.kernels.set_seed(steps + directions)
         check(block, case(steps, batch, hidden, directions, with_lengths), dtype, passes)
+
+
+def test_passes_are_for_pytorchs_matmul_precision_to_say() -> None:
+    with passes_of_float32(3):  # restores what is set by other means, too
+        for precision, passes in {"high": 1, "medium": 1, "highest": 3}.items():
+            torch.set_float32_matmul_precision(precision)
+            assert resident_recurrence.passes(torch.float32) == passes
+            assert resident_recurrence.passes(torch.float16) == 1
+    with passes_of_float32(1):
+        assert resident_recurrence.passes(torch.float32) == 1
 
 
 @pytest.mark.parametrize("passes", [1, 3])
