@@ -19,7 +19,7 @@ from fuseblock.launch import resident_recurrence
 KERNELS = [
     ("ns::lstm_block::lstm_block_fwd_kernel<__half, 32, 1>", "80", 112, 4608),
     ("ns::lstm_block::lstm_block_fwd_kernel<__half, 128, 1>", "80", 255, 33792),
-    ("ns::lstm_block::lstm_block_fwd_kernel<__half, 128, 1>", "90a", 254, 33792),
+    ("ns::lstm_block::lstm_block_fwd_kernel<__half, ns::lstm_block::Class<128>, 1>", "90a", 254, 33792),
     ("ns::lstm_step_bwd_bwd_kernel<float, 4>", "80", 40, 0),
     ("ns::lstm_step_bwd_kernel<float, 4>", "80", 30, 0),
     ("ns::bias_act_kernel<float>", "80", 20, 0),
@@ -57,6 +57,18 @@ def test_tritons_limit_depends_on_shared_memory(capsys: pytest.CaptureFixture[st
     largest = as_json(capsys)["largest_hidden"]["triton (persistent)"]
     assert largest["H200"] == {"float16": 128, "bfloat16": 128, "float32": 64}
     assert largest["RTX A4000"]["float16"] == 64
+
+
+def test_shared_memory_at_launch_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    report = as_json(capsys)
+    cards = {card["name"]: card for card in report["gpus"]}
+    for tier, by_card in report["shared_at_launch"].items():
+        for name, by_dtype in by_card.items():
+            runs = {d for d, hidden in report["largest_hidden"][tier][name].items() if hidden}
+            assert set(by_dtype) == runs
+            assert all(0 < b <= cards[name]["shared_bytes"] for both in by_dtype.values() for b in both)
+    # 24 tiles of weights for each of the 8 warps of a block, 512 bytes each, and what they work on.
+    assert report["shared_at_launch"]["cuda (grid)"]["H200"]["float16"][0] > 24 * 8 * 512
 
 
 def test_every_candidate_on_a_gpu_is_a_tier() -> None:
@@ -104,10 +116,12 @@ def test_where_nothing_runs_it_says_so() -> None:
     found = {
         "gpus": [{"name": "small", "capability": (7, 5), "multiprocessors": 1, "shared_bytes": 1}],
         "largest_hidden": {"tier": {"small": {"float16": 0, "bfloat16": 0, "float32": None}}},
+        "shared_at_launch": {"tier": {"small": {"bfloat16": [1, 2000]}}},
         "kernels": [],
     }
-    (_, _, limits), (_, _, rows), (_, _, resources) = _tiers.tables(found)
+    (_, _, limits), (_, _, rows), (_, _, asked), (_, _, resources) = _tiers.tables(found)
     assert limits == [("small", "7.5", "1", "1")]
+    assert asked == [("tier", "bfloat16", "1 / 2,000")]
     assert rows == [("tier", "float16, bfloat16", "none"), ("tier", "float32", "any")]
     assert resources == []
 
@@ -129,4 +143,5 @@ def test_kernels_of_this_build() -> None:
     if not recorded.exists() or not json.loads(recorded.read_text())["kernels"]:
         pytest.skip("no CUDA build")
     tiers = {kernel["tier"] for kernel in _tiers.kernels()}
+    assert all(kernel["kernel"].startswith("lstm_") for kernel in _tiers.kernels())
     assert {"cuda (block)", "cuda (per step)"} <= tiers <= set(_tiers.limits())

@@ -1,7 +1,7 @@
 """``python -m fuseblock tiers``: what each tier of the LSTM recurrence takes of a GPU, and the largest H that it holds.
 
 The limits are those by which the tiers themselves decline a call. Registers and shared memory are what the assembler
-reported at build time for each architecture; shared memory that a launch asks for comes on top (the tiers' headers say it).
+reported at build time for each architecture, and what a launch asks for besides.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .launch import gpu as gpus
-from .launch import resident_recurrence
+from .launch import lstm_grid, resident_recurrence
 from .launch.gpu import Gpu
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -26,6 +27,9 @@ _KERNEL = re.compile(r"lstm_(\w+?)_(fwd|bwd|bwd_bwd)_kernel<")
 
 #: The largest H of a tier, None for any.
 Limit = Callable[[torch.dtype, Gpu], int | None]
+
+#: The shared memory that a block of a tier asks for at launch: (dtype, H, whether backward, GPU) -> bytes, at least.
+Launch = Callable[[torch.dtype, int, bool, Gpu], int]
 
 #: Title, head, rows.
 Table = tuple[str, Sequence[str], list[Sequence[str]]]
@@ -42,19 +46,34 @@ def limits() -> dict[str, Limit]:
     return found
 
 
+def launches() -> dict[str, Launch]:
+    """Of the tiers whose blocks ask for shared memory at launch, how much."""
+    found: dict[str, Launch] = {"cuda (grid)": _grid_shared}
+    if importlib.util.find_spec("triton") is not None:
+        found["triton (persistent)"] = _triton_shared
+    return found
+
+
 def _resident(tier: resident_recurrence.Tier, dtype: torch.dtype, gpu: Gpu) -> int:
     return tier.largest_hidden(dtype, gpu) if dtype in tier.dtypes else 0
 
 
-def _triton_persistent(dtype: torch.dtype, gpu: Gpu) -> int:
+def _grid_shared(dtype: torch.dtype, hidden: int, backward: bool, gpu: Gpu) -> int:
+    teams = lstm_grid.teams(dtype, hidden, backward, gpu)
+    return min(team.shared_bytes(1, dtype.itemsize, backward) for team in teams)
+
+
+def _triton_shared(dtype: torch.dtype, hidden: int, backward: bool, gpu: Gpu) -> int:
     from .launch.triton_lstm_recurrence import persistent_config
 
-    fitting = [0]
-    for hidden in range(1, 257):
-        config = persistent_config(dtype, hidden)
-        if not isinstance(config, str) and config.shared <= gpu.shared_bytes:
-            fitting.append(hidden)
-    return fitting[-1]
+    config = persistent_config(dtype, hidden)
+    # What fits nowhere fits into no GPU's shared memory.
+    return gpu.shared_bytes + 1 if isinstance(config, str) else config.shared
+
+
+def _triton_persistent(dtype: torch.dtype, gpu: Gpu) -> int:
+    fitting = (h for h in range(1, 257) if _triton_shared(dtype, h, False, gpu) <= gpu.shared_bytes)
+    return max(fitting, default=0)
 
 
 def kernels() -> list[dict[str, Any]]:
@@ -66,20 +85,54 @@ def kernels() -> list[dict[str, Any]]:
         match = _KERNEL.search(kernel["kernel"])
         if match is not None:
             tier = "per step" if match[1] == "step" else match[1]
-            name = kernel["kernel"].rsplit("::", 1)[1]
+            name = kernel["kernel"][match.start() :]
             found.append({"tier": f"cuda ({tier})", "pass": match[2], **kernel, "kernel": name})
     return found
 
 
 def report() -> dict[str, Any]:
-    """Everything as plain values: the GPUs, the largest H by tier, GPU and dtype (None: any), the kernels."""
+    """Everything as plain values.
+
+    The GPUs; the largest H by tier, GPU and dtype (None: any); the shared bytes that a block then asks for at launch,
+    forward and backward; the kernels.
+    """
     here = gpus.present()
     cards = [*gpus.KNOWN, *([] if here is None else [replace(here, name=f"this GPU: {here.name}")])]
-    largest = {
-        tier: {card.name: {str(d).removeprefix("torch."): limit(d, card) for d in _DTYPES} for card in cards}
-        for tier, limit in limits().items()
+    largest: dict[str, Any] = {}
+    asked: dict[str, Any] = {}
+    for tier, limit in limits().items():
+        largest[tier] = {card.name: {_name(d): limit(d, card) for d in _DTYPES} for card in cards}
+    for tier, launch in launches().items():
+        asked[tier] = {card.name: {} for card in cards}
+        for card, dtype in product(cards, _DTYPES):
+            if hidden := largest[tier][card.name][_name(dtype)]:
+                both = [launch(dtype, hidden, backward, card) for backward in (False, True)]
+                asked[tier][card.name][_name(dtype)] = both
+    return {
+        "gpus": [asdict(card) for card in cards],
+        "largest_hidden": largest,
+        "shared_at_launch": asked,
+        "kernels": kernels(),
     }
-    return {"gpus": [asdict(card) for card in cards], "largest_hidden": largest, "kernels": kernels()}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _by_tier(
+    found: dict[str, Any], cards: Sequence[dict[str, Any]], cell: Callable[[Any], str]
+) -> list[Sequence[str]]:
+    """Rows of (tier, dtypes, a cell for each GPU); dtypes with equal cells share a row, those of empty cells have none."""
+    rows: list[Sequence[str]] = []
+    for tier, by_card in found.items():
+        by_cells: dict[tuple[str, ...], list[str]] = {}
+        for dtype in map(_name, _DTYPES):
+            if any(dtype in by_card[card["name"]] for card in cards):
+                cells = tuple(cell(by_card[card["name"]].get(dtype, 0)) for card in cards)
+                by_cells.setdefault(cells, []).append(dtype)
+        rows += [(tier, ", ".join(dtypes), *cells) for cells, dtypes in by_cells.items()]
+    return rows
 
 
 def _spread(values: Iterable[int]) -> str:
@@ -91,28 +144,20 @@ def _spread(values: Iterable[int]) -> str:
 def tables(found: dict[str, Any]) -> list[Table]:
     """The report as tables."""
     cards = found["gpus"]
-    limits = [
+    head: Sequence[str] = ("GPU", "compute capability", "multiprocessors", "shared bytes of a block")
+    limits: list[Sequence[str]] = [
         (c["name"], "{}.{}".format(*c["capability"]), str(c["multiprocessors"]), f"{c['shared_bytes']:,}")
         for c in cards
     ]
-    head: Sequence[str] = (
-        "GPU",
-        "compute capability",
-        "multiprocessors",
-        "shared bytes that a block may have",
-    )
-    gpu_limits: Table = ("GPUs", head, list(limits))
+    drawn: list[Table] = [("GPUs and their limits", head, limits)]
 
-    rows: list[Sequence[str]] = []
-    for tier, by_card in found["largest_hidden"].items():
-        by_limits: dict[tuple[str, ...], list[str]] = {}
-        for dtype in (str(d).removeprefix("torch.") for d in _DTYPES):
-            largest = (by_card[card["name"]][dtype] for card in cards)
-            cells = tuple("any" if h is None else str(h or "none") for h in largest)
-            by_limits.setdefault(cells, []).append(dtype)
-        rows += [(tier, ", ".join(dtypes), *cells) for cells, dtypes in by_limits.items()]
     head = ("tier", "dtype", *(card["name"] for card in cards))
-    largest_hidden = ("Largest H that a tier of the LSTM recurrence holds", head, rows)
+    largest = _by_tier(found["largest_hidden"], cards, lambda h: "any" if h is None else str(h or "none"))
+    drawn.append(("Largest H that a tier of the LSTM recurrence holds", head, largest))
+    asked = _by_tier(
+        found["shared_at_launch"], cards, lambda both: " / ".join(f"{b:,}" for b in dict.fromkeys(both or ()))
+    )
+    drawn.append(("Shared bytes of a block at that H, asked for at launch (forward / backward)", head, asked))
 
     by_pass: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for kernel in found["kernels"]:
@@ -124,8 +169,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
             registers, shared = _spread(k["registers"] for k in own), _spread(k["shared"] for k in own)
             spills = str(sum(k["spills"] for k in own))
             resources.append((tier, which, f"sm_{architecture}", str(len(own)), registers, shared, spills))
-    head = ("tier", "pass", "for", "kernels", "registers of a thread", "shared bytes of a block", "spills")
-    return [gpu_limits, largest_hidden, ("Kernels as assembled: smallest and largest", head, resources)]
+    head = ("tier", "pass", "for", "kernels", "registers of a thread", "static shared bytes", "spills")
+    return [*drawn, ("Kernels as assembled: smallest and largest", head, resources)]
 
 
 def show(found: dict[str, Any]) -> None:
