@@ -1,0 +1,66 @@
+"""Machine code of the recurrence's tiers that spread over several blocks: weights stay where they are, accesses are wide.
+
+Needs no GPU; see test_compile_cuda.py.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from fuseblock.launch import lstm_grid
+
+from .test_compile_cuda import ARCHITECTURES, ROOT, instructions, sass, written
+
+Code = list[tuple[int, str]]
+
+
+def loops_around_mma(code: Code) -> list[list[str]]:
+    """The instructions of every loop that holds all mma, the smallest first."""
+    mma = [at for at, text in code if "HMMA" in text]
+    jumps = [(at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in code]
+    loops = [
+        (int(to[1], 16), at)
+        for at, to in jumps
+        if to is not None and int(to[1], 16) <= mma[0] and at > mma[-1]
+    ]
+    loops.sort(key=lambda loop: loop[1] - loop[0])
+    return [[text for at, text in code if start <= at <= end] for start, end in loops]
+
+
+def weight_tiles(loop: list[str]) -> set[int]:
+    """First of the four registers of each left operand of mma."""
+    found = (re.search(r"HMMA\S* R\d+, R(\d+)", text) for text in loop)
+    return {int(operand[1]) for operand in found if operand is not None}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_grid_tier(direction: str, architecture: str) -> None:
+    """A step reads 32 tiles of weights from registers that nothing writes, others from shared memory, 16 bytes a lane."""
+    kernels = sass(ROOT / "csrc" / "cuda" / f"lstm_recurrence_grid_{direction}.cu", architecture)
+    seen = set()
+    for code in kernels:
+        name = code.split("\n", 1)[0]
+        steps = int(re.search(r"ELi(\d+)EEE", name)[1])
+        product, time, *_ = loops_around_mma(instructions(code))
+        assert sum("HMMA.16816" in text for text in product) == 2 * steps, name
+        over = set().union(*map(written, time))
+        resident = [tile for tile in weight_tiles(product) if over.isdisjoint(range(tile, tile + 4))]
+        assert len(resident) == min(2 * steps, 32), f"{name} writes over weights"
+        assert sum("LDS.128" in text for text in product) == max(0, 2 * steps - 32), name
+        assert sum("LDSM.16.M88.4" in text for text in product) == (
+            steps if direction == "bwd" else steps // 2
+        ), name
+        assert not [text for text in time if re.search(r"\b(LDL|STL|LDG)\b", text) and text in product], name
+        # gx, y and gates; gates, dy and d(gx). And what blocks exchange.
+        loads, stores, copies = (
+            sum(kind in text for text in time) for kind in ("LDG.E.128", "STG.E.128", "LDGSTS.E.BYPASS.128")
+        )
+        assert loads >= (1 if direction == "fwd" else 2), f"{name}: {loads} loads of 16 bytes"
+        assert stores >= 3, f"{name}: {stores} stores of 16 bytes"
+        assert copies >= 1, name
+        assert any(re.search(r"REDG?\.E\.ADD\S*\.STRONG\.GPU", text) for text in time), name
+        seen.add(steps)
+    assert seen == set(lstm_grid.CLASSES)
