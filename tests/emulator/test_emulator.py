@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -15,7 +16,9 @@ SANITIZER_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_
 
 def program(variant: str) -> Path:
     try:
-        return build("self_test", sorted(SELF_TEST.glob("*.c*")), module=False, variant=variant)
+        # A copy of the project that holds mutants chooses among them in a file of its own.
+        sources = [*sorted(SELF_TEST.glob("*.c*")), *(ROOT / "csrc" / "cuda").glob("mutants.cu")]
+        return build("self_test", sources, module=False, variant=variant)
     except Unavailable as reason:
         pytest.skip(f"the CUDA emulator cannot be built: {reason}")
 
@@ -28,7 +31,7 @@ def run(name: str, *, variant: str = "plain", seed: int = 0, seeds: int = 1) -> 
         text=True,
         check=False,
         timeout=120,
-        env=SANITIZER_OPTIONS,
+        env=os.environ | SANITIZER_OPTIONS,
     )
     return done.returncode, (done.stdout + done.stderr).strip()
 

@@ -128,6 +128,7 @@ SOURCES = [
     Source("csrc/cpu/plan.h", "cpu", _CPU_LAYER + _CPU_RECURRENCE),
     Source("csrc/cpu/lstm_layer.cpp", "cpu", _CPU_LAYER),
     Source("csrc/cpu/lstm_recurrence.cpp", "cpu", _CPU_RECURRENCE + _THREADS),
+    Source("csrc/cuda/grid_barrier.h", "emulator", (("tests/emulator/test_grid.py", "-m", "not slow"),)),
     Source("csrc/cuda/lstm_recurrence_views.cuh", "emulator", _BLOCK),
     Source("csrc/cuda/lstm_recurrence_block.cuh", "emulator", _BLOCK),
     Source("csrc/cuda/lstm_recurrence_block_float32.cu", "emulator", _BLOCK),

@@ -105,7 +105,8 @@ class Workspace:
     def build(self) -> str | None:
         """Compile what the kit needs. None, or the compiler's messages if it fails."""
         if self.kit == "emulator":
-            command = [sys.executable, "-c", "from tests.emulator import load; load()"]
+            program = "from tests.emulator.test_emulator import program; program('plain')"
+            command = [sys.executable, "-c", f"from tests.emulator import load; load(); {program}"]
         elif self.kit == "cpu":
             command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         else:
