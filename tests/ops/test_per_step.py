@@ -40,6 +40,7 @@ def strict(step: Callable[..., None], only_with_lengths: str) -> Callable[..., N
                 assert x.dim() == 2, name
                 assert x.stride(-1) == 1 or x.shape[-1] == 1, f"{name} has strides {x.stride()}"
         assert given["lengths"] is not None or given[only_with_lengths] is None
+        assert given["lengths"] is None or given["lengths"].is_contiguous()
         step(*args)
 
     return checked
@@ -97,8 +98,10 @@ def test_missing_cotangents_mean_zeros() -> None:
 
 @pytest.mark.parametrize("case", CASES[2:5], ids=str)
 def test_any_strides_of_cotangents_and_states(case: LstmCase) -> None:
-    """Cotangents that are one expanded number, and a c0 whose last dimension is not contiguous."""
+    """Cotangents that are one expanded number, a c0 whose last dimension is not contiguous, lengths that are a column."""
     gx, h0, c0, w_hh, w_hr, lengths = case.inputs(torch.float64)
+    if lengths is not None:
+        lengths = torch.stack((lengths, lengths), 1)[:, 0]
     y, h_n, c_n, gates, c = Driver.lstm_recurrence(gx, h0, c0, w_hh, w_hr, lengths, None, True)
     cotangents = [torch.full((), 0.5, dtype=torch.float64).expand(x.shape) for x in (y, h_n, c_n, gates, c)]
     strided = c0.transpose(1, 2).contiguous().transpose(1, 2)

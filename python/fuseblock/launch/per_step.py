@@ -29,9 +29,9 @@ class StepKernels(Protocol):
     contiguous; every tensor has its own row stride. Outputs are allocated by the caller and written in place, every
     element of them unless said otherwise. `T` is the dtype of gx, `S` the state dtype: float32 where T is 16 bit, else T.
 
-    `lengths` is None (all rows are active) or int64 (B,) on the device: row b is active where t < lengths[b]. Values in
-    tensors that an inactive row must ignore may be NaN, so rows are selected, never multiplied by zero. Mathematics is
-    done in S; equations and names are those of csrc/math/lstm_gates.h.
+    `lengths` is None (all rows are active) or int64 (B,), contiguous, on the device: row b is active where
+    t < lengths[b]. Values in tensors that an inactive row must ignore may be NaN, so rows are selected, never multiplied
+    by zero. Mathematics is done in S; equations and names are those of csrc/math/lstm_gates.h.
 
     Aliasing: an output may be the very same view as an input where the docstring says so; each element is read before
     the element at the same place is written. No other overlaps occur.
