@@ -9,31 +9,25 @@
 
 namespace fuseblock::lstm_block {
 
-// Tiles (16 units by one step of gate rows k) of the transposed weights, as the left operand of mma has them: a thread reads
+// A tile (16 units by one step of a gate's rows k) of the transposed weights, as the left operand of mma has it: a thread reads
 // its two units of the rows that make two words, and puts together what belongs to the same unit.
-template <class T, int kPasses, int H, class Slice>
-__device__ __forceinline__ void load_transposed_weights(uint32_t (&tiles)[kGates][H / kStep<T>][4], const T* w_hh,
-                                                        const Slice& slice, const Thread& me) {
+template <class T, int kPasses, class Slice>
+__device__ __forceinline__ WeightTile load_transposed_tile(const T* w_hh, const Slice& slice, int gate, int k, const Thread& me) {
+  const auto w = slice.weights(w_hh, gate);
+  WeightTile tile;
 #pragma unroll
-  for (int gate = 0; gate < kGates; ++gate) {
-    const auto w = slice.weights(w_hh, gate);
+  for (int n = 0; n < 2; ++n) {
+    Word<T> words[2];
 #pragma unroll
-    for (int k = 0; k < H / kStep<T>; ++k) {
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        Word<T> words[2];
-#pragma unroll
-        for (int m = 0; m < kWord<T>; ++m) {
-          const int row = k * kStep<T> + (me.word + n * 4) * kWord<T> + m;
-          const Vec<T, 2> both = w.template load<2>(row, me.unit);
-          words[0].element[m] = both.element[0];
-          words[1].element[m] = both.element[1];
-        }
-        tiles[gate][k][2 * n] = weight<T, kPasses>(words[0]);
-        tiles[gate][k][2 * n + 1] = weight<T, kPasses>(words[1]);
-      }
+    for (int m = 0; m < kWord<T>; ++m) {
+      const Vec<T, 2> both = w.template load<2>(k * kStep<T> + (me.word + n * 4) * kWord<T> + m, me.unit);
+      words[0].element[m] = both.element[0];
+      words[1].element[m] = both.element[1];
     }
+    tile.part[2 * n] = weight<T, kPasses>(words[0]);
+    tile.part[2 * n + 1] = weight<T, kPasses>(words[1]);
   }
+  return tile;
 }
 
 template <class T, int kPasses, int H, int kTiles, bool kAligned>
@@ -46,6 +40,7 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBwd 
   using Gates4 = SharedRows<T, kRows, kGates * H>;
   FB_SHARED(Gates4, gates, [2]);  // of this step and of the next to be done; a thread puts dgates in the place of its own
   FB_SHARED(Hidden, dy_now, );
+  static_assert(sizeof(gates) + sizeof(dy_now) + kWeightBytes<T, H> <= most_shared_bytes(H));
 
   const Thread me;
   const Slice<kAligned> slice(op.shape, blockIdx.y, static_cast<int64_t>(blockIdx.x) * kRows, kRows);
@@ -64,8 +59,11 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBwd 
   dgx.move(last);
   const bool has_dy = op.dy.data != nullptr;
 
-  uint32_t weights[kGates][H / kStep<T>][4];
-  load_transposed_weights<T, kPasses, H>(weights, static_cast<const T*>(op.w_hh), slice, me);
+  FB_DYNAMIC_SHARED(char, room);
+  Weights<T, H> weights;
+  weights.load(room + threadIdx.x / 32 * weights.kBytes, Lane(), [&](int n) {
+    return load_transposed_tile<T, kPasses>(static_cast<const T*>(op.w_hh), slice, n % kGates, n / kGates, me);
+  });
 
   const auto load_c = [&](Vec<float, 2>(&c)[kTiles][2], const auto& from) {
 #pragma unroll
@@ -186,7 +184,7 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBwd 
           RightOperand<T, kPasses> x[2];
           load_operands(x, dgates, tile, gate * H + k * kStep<T>, me);
 #pragma unroll
-          for (int n = 0; n < 2; ++n) multiply(sum[gate][tile], weights[gate][k + n], x[n]);
+          for (int n = 0; n < 2; ++n) multiply(sum[gate][tile], weights.get((k + n) * kGates + gate).part, x[n]);
         }
       }
     }
@@ -201,8 +199,7 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBwd 
         }
       }
     }
-    // What other lanes have put into gates and dy_now is read next.
-    __syncwarp();
+    __syncwarp();  // what other lanes have put into gates and dy_now is read next
   }
 
   const auto dh0 = slice.state(static_cast<T*>(op.dh0));
@@ -234,8 +231,8 @@ cudaError_t run(const LstmBwd& op, void* stream) {
     if constexpr (kTiles == 2 && H > kLargestOfTwoTiles) {
       return cudaErrorInvalidValue;
     } else {
-      FB_LAUNCH((lstm_block_bwd_kernel<T, kPasses, H, kTiles, kAligned>), grid, dim3(2 * H), 0, stream, op);
-      return cudaGetLastError();
+      return FB_LAUNCH_PLACED((lstm_block_bwd_kernel<T, kPasses, H, kTiles, kAligned>), Placement{}, grid, dim3(2 * H),
+                              kWeightBytes<T, H>, stream, op);
     }
   });
 }

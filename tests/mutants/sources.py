@@ -36,6 +36,7 @@ def _selected(expression: str, *files: str) -> tuple[str, ...]:
 
 _EMULATOR = (("tests/emulator/test_lstm_gates_emulated.py",),)
 _BLOCK = (("tests/ops/test_lstm_recurrence_block.py", "-m", "not slow"),)
+_GRID = (("tests/ops/test_lstm_recurrence_grid.py", "-m", "not slow"),)
 _CPU_GATES = (
     _selected(_NOT_CPU, "tests/ops/test_lstm_gates.py"),
     _selected("gates", "tests/ops/test_cpu_bounds.py"),
@@ -137,6 +138,12 @@ SOURCES = [
     Source("csrc/cuda/lstm_recurrence_block_bwd.cuh", "emulator", _BLOCK),
     Source("csrc/cuda/lstm_recurrence_block_bwd.cu", "emulator", _BLOCK),
     Source("csrc/cuda/lstm_recurrence_operands.cuh", "emulator", _BLOCK),
+    Source("csrc/cuda/lstm_recurrence_tiles.cuh", "emulator", _GRID),
+    Source("csrc/cuda/lstm_recurrence_grid.cuh", "emulator", _GRID),
+    Source("csrc/cuda/lstm_recurrence_grid_fwd.cuh", "emulator", _GRID),
+    Source("csrc/cuda/lstm_recurrence_grid_bwd.cuh", "emulator", _GRID),
+    Source("csrc/cuda/lstm_recurrence_grid_plan.h", "emulator", _GRID),
+    Source("python/fuseblock/launch/lstm_grid.py", "python", _GRID),
     Source("python/fuseblock/launch/resident_recurrence.py", "python", _BLOCK),
     Source("csrc/cuda/batch_norm_act.cuh", "emulator", _NORM_CUDA),
     Source("csrc/cuda/batch_norm_act.cu", "emulator", _NORM_CUDA),
