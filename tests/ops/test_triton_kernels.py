@@ -20,6 +20,7 @@ import fuseblock
 from fuseblock import dispatch
 from fuseblock.launch import (
     _triton,
+    gpu,
     triton_lstm_gates,
     triton_lstm_recurrence,
     triton_lstm_recurrence_step,
@@ -220,6 +221,21 @@ def test_fused_step_without_some_cotangents() -> None:
         check_backward(FUSED_STEP, case, torch.float32, given=(given,))
 
 
+def test_fused_step_fits_every_known_gpu() -> None:
+    """tests/test_compile_triton.py holds what compilers take against these numbers."""
+
+    def shared(dtype: torch.dtype, batch: int, hidden: int, backward: bool) -> int:
+        config = triton_lstm_recurrence_step.gpu_step_config(dtype, batch, hidden, backward=backward)
+        return config.shared(dtype, backward=backward)
+
+    smallest = min(card.shared_bytes for card in gpu.KNOWN)
+    for call in itertools.product(DTYPES[1:], (1, 16, 17, 32, 33, 64, 65), (100, 256), (False, True)):
+        assert shared(*call) <= smallest
+    assert shared(torch.bfloat16, 16, 256, False) == 4 * (16 + 64) * 4 * 32 * 2 + 1024
+    assert shared(torch.bfloat16, 16, 256, True) == 4 * (16 + 16) * 4 * 64 * 2 + 1024
+    assert shared(torch.bfloat16, 16, 100, False) == 2 * 16 * 64 * 4 + 1024
+
+
 def test_fused_step_looks_its_kernel_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Later launches start the kernel that the first one returned, with every parameter, and differ in the step alone."""
     kernel = triton_lstm_recurrence_step.lstm_recurrence_step_fwd_kernel
@@ -287,6 +303,17 @@ def test_strided_lengths(engine: Engine) -> None:
         v = (gates, h_n, c_n, None, *cotangents, *saved)
         second, same = (engine.lstm_recurrence_bwd_bwd(*v, order, None, first[0]) for order in orders)
         assert all(map(torch.equal, second, same))
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e.variant)
+def test_a_batch_of_nothing(engine: Engine) -> None:
+    *tensors, _ = LstmCase(2, 0, 4, 2, None, None).inputs(torch.float32)
+    y, h_n, c_n, gates, c = engine.lstm_recurrence(*tensors, None, None, True)
+    assert (y.shape, h_n.shape, c_n.shape, gates.shape) == ((2, 0, 8), (2, 0, 4), (2, 0, 4), (2, 0, 32))
+    dgx, dh0, dc0, _ = engine.lstm_recurrence_bwd(
+        y, h_n, None, None, None, gates, c, *tensors[2:], None, None
+    )
+    assert (dgx.shape, dh0.shape, dc0.shape) == (gates.shape, h_n.shape, c_n.shape)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
