@@ -38,6 +38,16 @@ def test_block_tier(variant: str, selection: str) -> None:
     run_tests("tests/ops/test_lstm_recurrence_block.py", variant, selection)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("variant", "selection"),
+    [("asan", "parity and not 33 and not every"), ("tsan", "any_order and 2-17-40-1")],
+)
+def test_grid_tier(variant: str, selection: str) -> None:
+    run_tests("tests/ops/test_lstm_recurrence_grid.py", variant, selection)
+
+
 def run_tests(file: str, variant: str, selection: str) -> None:
     """Run the selected tests of a file with the kernels built for a sanitizer."""
     # The C++ library must be there when the sanitizer starts, or it cannot follow exceptions.
