@@ -153,6 +153,10 @@ def test_the_stages_themselves(script: ModuleType, tmp_path: Path) -> None:
         if arguments[:2] == ["-m", "benchmarks"] and arguments[2] != "tune":
             parsed = cli._parser().parse_args(arguments[2:])
             assert parsed.limit < script.SECONDS and parsed.json.name == f"{entry.name}.json"
+        if entry.name == "tune":
+            assert load("tune")._parser().parse_args(arguments[3:]).budget < script.SECONDS
+    names = [s.name for s in script.STAGES]
+    assert names.index("tune") < names.index("bench-lstm-bfloat16"), "dispatch asks for what was measured"
 
 
 def test_the_shell_script_lists_the_stages(script: ModuleType) -> None:
