@@ -12,8 +12,9 @@ namespace fuseblock {
 
 }  // namespace fuseblock
 
-// dtype: fuseblock::DType number of T. workspace: zeros; as many as launch/resident_recurrence.py says. Blocks that cannot
-// all run at the same time are an error: cudaErrorCooperativeLaunchTooLarge.
+// dtype: fuseblock::DType number of T. workspace: zeros; as many as launch/lstm_grid.py says, so that nothing is left to reset.
+// Blocks that cannot all run at the same time are an error, cudaErrorCooperativeLaunchTooLarge. Streams that are captured into a
+// CUDA graph take the launch, too: cudaLaunchAttributeCooperative is valid for launches and for graph nodes.
 extern "C" {
 int launch_lstm_grid_fwd(const fuseblock::LstmFwd* op, int dtype, void* stream);
 int launch_lstm_grid_bwd(const fuseblock::LstmBwd* op, int dtype, void* stream);
