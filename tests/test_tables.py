@@ -180,6 +180,19 @@ BROKEN = {
     "no times": ({"schema": 1, "ops": {"op": [{**GOOD, "times": {}}]}}, "times: expected microseconds"),
     "a time of zero": ({"schema": 1, "ops": {"op": [{**GOOD, "times": {"a": 0}}]}}, "times: expected micro"),
     "no number": ({"schema": 1, "ops": {"op": [{**GOOD, "times": {"a": float("nan")}}]}}, "times: expected"),
+    "a size without a logarithm": (
+        {"schema": 1, "ops": {"op": [{**GOOD, "key": recurrence_key(hidden=10**400)}]}},
+        "key: expected sizes",
+    ),
+    "a time that is no float": (
+        {"schema": 1, "ops": {"op": [{**GOOD, "times": {"a": 10**400}}]}},
+        "times: expected",
+    ),
+    "too deep": ("[" * 100_000, "recursion"),
+    "a best that is no name": (
+        {"schema": 1, "ops": {"op": [{**GOOD, "times": {"None": 1.0}, "best": None}]}},
+        "best: expected one of times",
+    ),
     "an unknown best": ({"schema": 1, "ops": {"op": [{**GOOD, "best": "b"}]}}, "best: expected one of times"),
     "a list as best": (
         {"schema": 1, "ops": {"op": [{**GOOD, "best": ["a"]}]}},
@@ -199,7 +212,9 @@ def test_a_broken_file_is_reported_and_ignored(
     monkeypatch.setattr(_tables, "folders", lambda: [tmp_path])
     with pytest.warns(UserWarning, match=f"the table .*nvidia-h200.json is ignored: .*{words}"):
         found = _tables.load("NVIDIA H200")
-    assert found.answer("op", asked(recurrence_key())).order == ()
+    answer = found.answer("op", asked(recurrence_key()))
+    assert answer.order == ()
+    assert answer.rule("a").startswith(f"plain rule: the table {path} is ignored: ")
 
 
 def test_a_table_is_read_once_by_the_name_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,6 +448,14 @@ def test_explain_names_the_tier_of_each_layer(ragged: str | None, monkeypatch: p
         explanation = fuseblock.explain("lstm", x, None, None, weights, bidirectional=True, **arguments)
         assert [part.op for part in explanation.parts][:2] == ["layer 0, forward", "layer 0, backward"]
         assert len(explanation.parts) == 4
+
+
+@pytest.mark.usefixtures("fake_cuda")
+def test_without_its_gpu_a_layer_is_pytorchs_own() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the GPU is here")
+    found = layer()
+    assert (found.chosen, found.rule) == ("aten", "plain rule: GPU 0 is not here")
 
 
 @pytest.mark.usefixtures("fake_cuda")

@@ -39,6 +39,9 @@ _OTHER_REACH = 2.0
 #: Sequences longer than this count as this long: from here on, time is proportional to steps for everyone.
 STEADY_STEPS = 1024
 
+#: What no size and no time reaches; beyond it lie numbers without a logarithm.
+_LARGEST = 2**63
+
 
 def tf32(*operations: str) -> str:
     """Those of the CUDA operations ``matmul`` and ``rnn`` whose float32 products may be rounded to TF32."""
@@ -194,11 +197,13 @@ def parse(document: Any) -> dict[str, tuple[Entry, ...]]:
             require(isinstance(entry, dict), where, "an object")
             key, times = entry.get("key"), entry.get("times")
             values = key.values() if isinstance(key, dict) else (None,)
-            require(all(isinstance(v, str | bool | int) for v in values), f"{where}.key", "sizes and kinds")
+            plain = all(isinstance(v, str | bool) or (_is_size(v) and abs(v) < _LARGEST) for v in values)
+            require(plain, f"{where}.key", "sizes and kinds")
             micros = list(times.values()) if isinstance(times, dict) else []
-            positive = all(isinstance(t, int | float) and 0 < t < math.inf for t in micros)
+            positive = all(isinstance(t, int | float) and 0 < t < _LARGEST for t in micros)
             require(positive and bool(micros), f"{where}.times", "microseconds by candidate")
-            require(str(entry.get("best")) in times, f"{where}.best", "one of times")
+            best = entry.get("best")
+            require(isinstance(best, str) and best in times, f"{where}.best", "one of times")
         found[op] = tuple(Entry(e["key"], e["times"], e["best"]) for e in entries)
     return found
 
@@ -213,24 +218,28 @@ def folders() -> list[Path]:
 
 def load(gpu: str) -> Table:
     """The table of a GPU, by the driver's name of it; an empty one where there is none."""
-    name = file_name(gpu)
+    name, why_empty = file_name(gpu), f"no table for {gpu} (python -m benchmarks tune writes one)"
     for folder in folders():
         path = folder / name
         try:
             entries = parse(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             continue
-        except (OSError, ValueError) as error:
-            warnings.warn(f"fuseblock: the table {path} is ignored: {error}", stacklevel=2)
+        except (OSError, ValueError, RecursionError) as error:
+            why_empty = f"the table {path} is ignored: {error}"
+            warnings.warn(f"fuseblock: {why_empty}", stacklevel=2)
             continue
         return Table(name, entries, "" if entries else f"table {name} is empty")
-    return Table(name, {}, f"no table for {gpu} (python -m benchmarks tune writes one)")
+    return Table(name, {}, why_empty)
 
 
 @functools.cache
 def of(device: int) -> Table:
     """The table of a CUDA device of this machine; read once."""
-    return load(torch.cuda.get_device_name(device))
+    try:
+        return load(torch.cuda.get_device_name(device))
+    except (AssertionError, RuntimeError):  # fake tensors may be on a GPU that is not here
+        return Table("", {}, f"GPU {device} is not here")
 
 
 _IN_FORCE: Table | None = None
