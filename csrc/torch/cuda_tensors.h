@@ -47,6 +47,7 @@ class OnDeviceOf {
 };
 
 inline void check_launch(int error, const char* op) {
+  if (error != cudaSuccess) cudaGetLastError();  // it is reported here: the next launch is not to be blamed for it
   STD_TORCH_CHECK(error == cudaSuccess, "fuseblock::", op, ": ", cudaGetErrorString(static_cast<cudaError_t>(error)));
 }
 
