@@ -197,7 +197,7 @@ def parse(document: Any) -> dict[str, tuple[Entry, ...]]:
             require(isinstance(entry, dict), where, "an object")
             key, times = entry.get("key"), entry.get("times")
             values = key.values() if isinstance(key, dict) else (None,)
-            plain = all(isinstance(v, str | bool) or (_is_size(v) and abs(v) < _LARGEST) for v in values)
+            plain = all(isinstance(v, str) or (isinstance(v, int) and abs(v) < _LARGEST) for v in values)
             require(plain, f"{where}.key", "sizes and kinds")
             micros = list(times.values()) if isinstance(times, dict) else []
             positive = all(isinstance(t, int | float) and 0 < t < _LARGEST for t in micros)
