@@ -319,6 +319,9 @@ def test_a_forced_backend_leaves_the_table_the_choice_of_its_variants(op: str) -
                 explanation = fuseblock.explain(op, *args)
             assert explanation.chosen == label
             assert f"backend '{name}' is forced; table test.json: measured" in explanation.rule
+        with fuseblock.backend("reference"):
+            rule = fuseblock.explain(op, *args).rule
+        assert rule == "backend 'reference' is forced; the first that can run", "others of the table could"
         with fuseblock.backend("cpu"):
             with pytest.raises(fuseblock.BackendError, match="not implemented"):
                 dispatch.choose(op, args)
