@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -121,6 +123,35 @@ def test_stages_are_stopped_with_all_that_they_started(
     else:
         pytest.fail("what the stage started still runs")
     assert (tmp_path / "polite.log").read_text().splitlines()[:2] == ["at work", "written"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_ending_the_script_ends_the_stage(number: signal.Signals, tmp_path: Path) -> None:
+    started, done = tmp_path / "started", tmp_path / "done"
+    work = (
+        f"import time, pathlib\ntry:\n  pathlib.Path(r'{started}').touch()\n  time.sleep(60)\n"
+        f"finally:\n  pathlib.Path(r'{done}').touch()"
+    )
+    code = (
+        f"import sys; from pathlib import Path; sys.path.insert(0, {str(ROOT / 'tools')!r}); import gpu; "
+        f"gpu.stop_as_by_ctrl_c(); stage = gpu.Stage('a', '', {'python -S -c ' + shlex.quote(work)!r}); "
+        f"gpu.execute(stage, Path({str(tmp_path)!r}))"
+    )
+    with subprocess.Popen([sys.executable, "-S", "-c", code], stderr=subprocess.DEVNULL) as process:
+        while not started.exists():
+            time.sleep(0.02)
+        process.send_signal(number)
+        process.wait(30)
+    assert done.exists()
+
+
+def test_a_stage_is_no_folder(script: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    stages = stages_of(script, **{"test-a": "pass"})
+    for name in ("build", "test"):
+        assert script.main([name], stages) == 2
+        assert f"the folder comes first: sh tools/gpu.sh out/gpu {name}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_unfinished_work_is_no_success(script: ModuleType, tmp_path: Path) -> None:

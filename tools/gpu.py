@@ -47,6 +47,10 @@ class Stage:
     gpu: bool = True
     variables: tuple[tuple[str, str], ...] = ()
 
+    def is_called(self, name: str) -> bool:
+        """Whether it is run by that name."""
+        return self.name == name or self.name.startswith(f"{name}-")
+
     def refusal(self, has_gpu: bool) -> str | None:
         """Why it cannot run here, or None."""
         if self.gpu and not has_gpu:
@@ -159,7 +163,9 @@ class States:
     def note(self, stage: Stage, state: State) -> None:
         """Remember, on disk too."""
         self.of[stage.name] = state
-        self._path.write_text(json.dumps({name: vars(s) for name, s in self.of.items()}, indent=1) + "\n")
+        new = self._path.with_suffix(".new")
+        new.write_text(json.dumps({name: vars(s) for name, s in self.of.items()}, indent=1) + "\n")
+        os.replace(new, self._path)  # whole, whenever this script is stopped
 
 
 def _environment(stage: Stage) -> dict[str, str]:
@@ -257,12 +263,12 @@ def chosen(names: Sequence[str], states: States, stages: Sequence[Stage]) -> lis
         ValueError: no stage has that name.
     """
     for name in names:
-        if not any(stage.name == name or stage.name.startswith(f"{name}-") for stage in stages):
+        if not any(stage.is_called(name) for stage in stages):
             raise ValueError(f"no stage is called {name}: {', '.join(stage.name for stage in stages)}")
     wanted = [
         stage
         for stage in stages
-        if (any(stage.name == name or stage.name.startswith(f"{name}-") for name in names))
+        if any(map(stage.is_called, names))
         or (not names and states.of.get(stage.name, State("")).state != PASSED)
     ]
     return [stages[0], *(stage for stage in wanted if stage is not stages[0])]
@@ -282,6 +288,9 @@ def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) ->
     if args.list:
         print("\n".join(f"{stage.name:<20} {stage.what}" for stage in stages))
         return 0
+    if not args.stage and any(stage.is_called(str(args.out)) for stage in stages):
+        print(f"error: the folder comes first: sh tools/gpu.sh out/gpu {args.out}", file=sys.stderr)
+        return 2
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     states = States(out)
@@ -301,5 +310,13 @@ def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) ->
     return 2 if any(result.reason == NO_GPU for result in results) else 0
 
 
+def stop_as_by_ctrl_c() -> None:
+    """Whoever ends this script, or the connection that it was started over, ends what it started, too."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
+
+
 if __name__ == "__main__":
+    stop_as_by_ctrl_c()
     sys.exit(main())
