@@ -13,9 +13,10 @@ namespace fuseblock::lstm_cluster {
 
 using namespace lstm_recurrence;
 
-template <int H, int C, int P, int R>
+template <int H, int C, int P, int R1, int R2>
 struct Class {
-  static constexpr int kHidden = H, kCluster = C, kParts = P, kRegisters = R;
+  static constexpr int kHidden = H, kCluster = C, kParts = P;
+  static constexpr int registers(int tiles, bool aligned) { return tiles == 1 && aligned ? R1 : R2; }
   static constexpr int kUnits = H / C, kGroups = kUnits / kTileUnits;  // of a block
   static constexpr int kWarps = kGroups * kParts, kThreads = 32 * kWarps;
   static_assert(kGroups * kTileUnits * C == H);
@@ -68,31 +69,34 @@ struct Arrivals {
 // Calls run.operator()<T, Class>() for the smallest class that holds H.
 template <class Run>
 int with_class(int64_t hidden, int dtype, int otherwise, Run run) {
-#define FB_LSTM_CLUSTER_CASE(H, C, P, R)                                                 \
-  if (hidden <= H) {                                                                     \
-    if (dtype == kFloat16) return run.template operator()<__half, Class<H, C, P, R>>();  \
-    if (dtype == kBFloat16) return run.template operator()<__nv_bfloat16, Class<H, C, P, R>>(); \
+#define FB_LSTM_CLUSTER_CASE(H, ...)                                                              \
+  if (hidden <= H) {                                                                              \
+    if (dtype == kFloat16) return run.template operator()<__half, Class<H, __VA_ARGS__>>();         \
+    if (dtype == kBFloat16) return run.template operator()<__nv_bfloat16, Class<H, __VA_ARGS__>>(); \
   }
   FB_LSTM_CLUSTER_CLASSES(FB_LSTM_CLUSTER_CASE)
 #undef FB_LSTM_CLUSTER_CASE
   return otherwise;
 }
 
-// Calls launch.operator()<T, Class, kTiles>(grid) for the kernel that fits; cudaSuccess where there is nothing to do.
-// Two tiles of rows share the weights of a cluster, but not its time: they pay where not all have a cluster of their own.
-template <class Launch>
-int dispatch(const LstmShape& shape, int dtype, const void* w_hh, Launch launch) {
+// Calls launch.operator()<T, Class, kTiles, kAligned>(grid) for the kernel that fits; cudaSuccess where there is nothing to
+// do. Two tiles of rows share the weights of a cluster, but not its time: they pay where not all have a cluster of their own.
+// aligned(elements of 16 bytes): whether tensors are. `one_tile`: never two.
+template <class Aligned, class Launch>
+int dispatch(const LstmShape& shape, int dtype, const void* w_hh, Aligned aligned, bool one_tile, Launch launch) {
   const bool valid = shape.steps > 0 && shape.steps <= INT32_MAX && shape.batch >= 0 && shape.hidden >= 0 &&
                      (shape.directions == 1 || shape.directions == 2);
   if (!valid || !are_aligned({w_hh})) return cudaErrorInvalidValue;
   return with_class(shape.hidden, dtype, cudaErrorInvalidValue, [&]<class T, class Class>() -> int {
     if (shape.batch == 0 || shape.hidden == 0) return cudaSuccess;
     const int64_t tiles = (shape.batch + kTileRows - 1) / kTileRows;
-    const bool two = tiles * shape.directions > shape.multiprocessors / Class::kCluster;
+    const bool pieces = aligned(kVectorWidth<T>);
+    const bool two = pieces && !one_tile && tiles * shape.directions > shape.multiprocessors / Class::kCluster;
     const int64_t blocks = (two ? (tiles + 1) / 2 : tiles) * Class::kCluster;
     if (blocks > INT32_MAX) return cudaErrorInvalidValue;
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(shape.directions));
-    return two ? launch.template operator()<T, Class, 2>(grid) : launch.template operator()<T, Class, 1>(grid);
+    if (two) return launch.template operator()<T, Class, 2, true>(grid);
+    return pieces ? launch.template operator()<T, Class, 1, true>(grid) : launch.template operator()<T, Class, 1, false>(grid);
   });
 }
 

@@ -16,10 +16,10 @@
 
 namespace fuseblock::lstm_cluster {
 
-template <class T, class Class, int kTiles>
+template <class T, class Class, int kTiles, bool kAligned>
 struct ForwardMemory {
   static constexpr int kSteps = Class::kHidden / kStep<T> / Class::kParts;  // operand steps of a part
-  using Weights = ResidentTiles<2 * kSteps, Class::kRegisters>;
+  using Weights = ResidentTiles<2 * kSteps, Class::registers(kTiles, kAligned)>;
   using Parts = Sums[Class::kParts][2][32];
 
   Core<T> h[2][kTiles][Class::kHidden / kVectorWidth<T>];  // of the step before and of this one, in turns
@@ -35,9 +35,9 @@ struct ForwardMemory {
   __device__ void* weights(int warp) { return reinterpret_cast<char*>(this + 1) + kSumBytes + warp * Weights::kBytes; }
 };
 
-template <class T, class Class, int kTiles, int kPasses>
-__device__ __forceinline__ void forward(const LstmFwd& op, bool aligned) {
-  using Memory = ForwardMemory<T, Class, kTiles>;
+template <class T, class Class, int kTiles, bool kAligned, int kPasses>
+__device__ __forceinline__ void forward(const LstmFwd& op) {
+  using Memory = ForwardMemory<T, Class, kTiles, kAligned>;
   using Is = Warp<Class, kTiles>;
   constexpr int kRows = kTiles * kTileRows, kSteps = Memory::kSteps, kCells = Is::kCells;
   constexpr int kWidth = kVectorWidth<T>, kCores = Class::kHidden / kWidth;
@@ -60,7 +60,7 @@ __device__ __forceinline__ void forward(const LstmFwd& op, bool aligned) {
   const auto h0 = slice.state(static_cast<const T*>(op.h0));
   for (int n = threadIdx.x; n < kTiles * kCores * kTileRows; n += Class::kThreads) {
     const int row = n % kTileRows, core = n / kTileRows % kCores, tile = n / kTileRows / kCores;
-    shared->h[0][tile][core].row[row] = load_piece(h0, aligned, tile * kTileRows + row, core * kWidth);
+    shared->h[0][tile][core].row[row] = load_piece(h0, kAligned, tile * kTileRows + row, core * kWidth);
   }
   const Arrivals arrivals{shared->ready, sizeof(shared->h[0]), slice.steps - 1};
   if (threadIdx.x == 0) arrivals.init();
@@ -74,7 +74,7 @@ __device__ __forceinline__ void forward(const LstmFwd& op, bool aligned) {
 #pragma unroll
     for (int n = 0; n < kCells; ++n) {
       const int first_row = me.tile(n) * kTileRows, row = first_row + me.row, unit = me.first_unit + me.unit;
-      arriving[n].load(gx, aligned, first_row, me.first_unit, me);
+      arriving[n].load(gx, kAligned, first_row, me.first_unit, me);
       arriving[n].put(shared->stage[me.group][me.tile(n)].gates, me);
       h[n] = load_cells<T>(h0, row, unit);
       c[n] = load_cells<float>(c0, row, unit);
@@ -90,17 +90,13 @@ __device__ __forceinline__ void forward(const LstmFwd& op, bool aligned) {
     gx.move(1);
     if (step + 1 < slice.steps && me.has_cells) {
 #pragma unroll
-      for (int n = 0; n < kCells; ++n) arriving[n].load(gx, aligned, me.tile(n) * kTileRows, me.first_unit, me);
+      for (int n = 0; n < kCells; ++n) arriving[n].load(gx, kAligned, me.tile(n) * kTileRows, me.first_unit, me);
     }
     if (step > 0) arrivals.wait(step - 1);
 
     // W h for all rows: gates i and f, and g and o, of 8 units.
     Sums sum[kTiles][2], own[kCells][2];
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const Core<T>* const operand = &shared->h[step % 2][tile][me.part * kSteps * 2];
-      multiply_all<T, kPasses, kSteps>(sum[tile], weights, operand, me);
-    }
+    multiply_all<T, kPasses, kSteps>(sum, weights, &shared->h[step % 2][0][me.part * kSteps * 2], kCores, me);
     add_parts(own, sum, shared->sums(me.group), me.part, 1 + me.group, me);
     if (!me.has_cells) continue;
 
@@ -137,14 +133,14 @@ __device__ __forceinline__ void forward(const LstmFwd& op, bool aligned) {
         }
       }
       if (me.index < kPieces) {
-        store_piece(y, aligned, first_row + row, me.first_unit + core * kWidth,
+        store_piece(y, kAligned, first_row + row, me.first_unit + core * kWidth,
                     t < piece_length[n] ? piece : zeros<T, kWidth>());
       }
       if (saves) {
         put_gates(stage.gates, kTileCores<T>, activated, me);
         store_cells(saved_c, first_row + me.row, me.first_unit + me.unit, c[n]);
         __syncwarp();
-        Pieces<T, kGates>::store(stage.gates, kTileCores<T>, saved_gates, aligned, first_row, me.first_unit, me);
+        Pieces<T, kGates>::store(stage.gates, kTileCores<T>, saved_gates, kAligned, first_row, me.first_unit, me);
       }
       arriving[n].put(stage.gates, me);  // where this very lane has just taken its pieces from
     }
@@ -163,9 +159,9 @@ __device__ __forceinline__ void forward(const LstmFwd& op, bool aligned) {
   }
 }
 
-template <class T, class Class, int kTiles, int kPasses>
-__global__ void __launch_bounds__(Class::kThreads, 1) lstm_cluster_fwd_kernel(const LstmFwd op, bool aligned) {
-  if constexpr (kHasClusters) forward<T, Class, kTiles, kPasses>(op, aligned);
+template <class T, class Class, int kTiles, bool kAligned, int kPasses>
+__global__ void __launch_bounds__(Class::kThreads, 1) lstm_cluster_fwd_kernel(const LstmFwd op) {
+  if constexpr (kHasClusters) forward<T, Class, kTiles, kAligned, kPasses>(op);
 }
 
 }  // namespace fuseblock::lstm_cluster

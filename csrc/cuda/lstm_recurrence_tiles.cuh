@@ -247,10 +247,10 @@ __device__ __forceinline__ void multiply_all(Sums (&sum)[kTiles][kRows], const T
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      // Or the loads of all weights in shared memory begin at once, and take the registers of the others.
-      if ((k + n + 1) * kRows > Tiles::kHeld) __syncwarp();
 #pragma unroll
       for (int m = 0; m < kRows; ++m) {
+        // Or the loads of all weights in shared memory begin at once, and take the registers of the others.
+        if (m % 2 == 0 && (k + n) * kRows + m + 1 >= Tiles::kHeld) __syncwarp();
         const WeightTile weight = weights.get((k + n) * kRows + m);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {

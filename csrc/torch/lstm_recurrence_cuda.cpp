@@ -3,6 +3,7 @@
 #if defined(WITH_CUDA)
 
 #include "cuda/lstm_recurrence_block.h"
+#include "cuda/lstm_recurrence_cluster.h"
 #include "cuda/lstm_recurrence_grid.h"
 #include "torch/cuda_tensors.h"
 
@@ -140,8 +141,16 @@ void bwd(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n
   call.launch(kLauncher, op);
 }
 
+template <int (*kForward)(int64_t, int), int (*kBackward)(int64_t, int)>
+int64_t resident(const Tensor& w_hh, bool backward) {
+  const OnDeviceOf device(w_hh);
+  return (backward ? kBackward : kForward)(w_hh.size(2), dtype_number(w_hh, "lstm_recurrence"));
+}
+
 // One pair of operators for every tier.
-#define FB_LSTM_TIERS(X) X(block) X(grid)
+#define FB_LSTM_TIERS(X) X(block) X(cluster) X(grid)
+// Those that a device with the right limits may still refuse say how many of their blocks run at the same time.
+#define FB_LSTM_REFUSABLE_TIERS(X) X(cluster)
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fuseblock_cuda, m) {
 #define FB_DEFINE(tier)                                                                                              \
@@ -154,6 +163,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fuseblock_cuda, m) {
         " Tensor(d!)? workspace, int passes) -> ()");
   FB_LSTM_TIERS(FB_DEFINE)
 #undef FB_DEFINE
+#define FB_DEFINE(tier) m.def("lstm_" #tier "_resident(Tensor w_hh, bool backward) -> int");
+  FB_LSTM_REFUSABLE_TIERS(FB_DEFINE)
+#undef FB_DEFINE
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fuseblock_cuda, CUDA, m) {
@@ -161,6 +173,10 @@ STABLE_TORCH_LIBRARY_IMPL(fuseblock_cuda, CUDA, m) {
   m.impl("lstm_" #tier "_fwd", TORCH_BOX(&fwd<launch_lstm_##tier##_fwd>)); \
   m.impl("lstm_" #tier "_bwd", TORCH_BOX(&bwd<launch_lstm_##tier##_bwd>));
   FB_LSTM_TIERS(FB_IMPLEMENT)
+#undef FB_IMPLEMENT
+#define FB_IMPLEMENT(tier) \
+  m.impl("lstm_" #tier "_resident", TORCH_BOX((&resident<lstm_##tier##_fwd_resident, lstm_##tier##_bwd_resident>)));
+  FB_LSTM_REFUSABLE_TIERS(FB_IMPLEMENT)
 #undef FB_IMPLEMENT
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -27,13 +27,47 @@ def _why_not(op: str, *args: Any) -> str | None:
     return None
 
 
-def _why_not_resident(op: str, tier: resident_recurrence.Tier, on_device: bool, *args: Any) -> str | None:
+def _why_not_resident(
+    op: str,
+    tier: resident_recurrence.Tier,
+    kernels: resident_recurrence.ResidentKernels,
+    on_device: bool,
+    *args: Any,
+) -> str | None:
     # Both ops with resident weights have ..., w_hh, w_hr, lengths, batch_sizes.
     last = _BATCH_SIZES[op]
     w_hh, w_hr, _, batch_sizes = args[last - 3 : last + 1]
     if on_device and w_hh.device.type != "cuda":
         return f"tensors are on {w_hh.device}"
-    return tier.why_not(w_hh, w_hr, batch_sizes, resident_recurrence.gpu_of(w_hh))
+    gpu = resident_recurrence.gpu_of(w_hh)
+    reason = tier.why_not(w_hh, w_hr, batch_sizes, gpu)
+    if reason is None and hasattr(kernels, "resident") and kernels.resident(w_hh, op.endswith("_bwd")) == 0:
+        hidden = w_hh.shape[-2] // 4
+        return f"the {tier.name} tier's blocks for H = {hidden} cannot run at the same time on {gpu.name}"
+    return reason
+
+
+def _asked_once(resident: Callable[[torch.Tensor, bool], int]) -> Callable[[torch.Tensor, bool], int]:
+    """The driver's answer, remembered by what it depends on."""
+    answers: dict[tuple[Any, ...], int] = {}
+
+    def answer(w_hh: torch.Tensor, backward: bool) -> int:
+        key = (w_hh.device, w_hh.dtype, w_hh.shape[-1], backward)
+        if key not in answers:
+            answers[key] = resident(w_hh, backward)
+        return answers[key]
+
+    return answer
+
+
+def _compiled(tier: str) -> resident_recurrence.ResidentKernels:
+    raw = torch.ops.fuseblock_cuda
+    kernels = SimpleNamespace(
+        fwd=getattr(raw, f"lstm_{tier}_fwd").default, bwd=getattr(raw, f"lstm_{tier}_bwd").default
+    )
+    if hasattr(raw, f"lstm_{tier}_resident"):
+        kernels.resident = _asked_once(getattr(raw, f"lstm_{tier}_resident").default)
+    return kernels
 
 
 def candidates(op: str) -> tuple[Candidate, ...]:
@@ -47,9 +81,7 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     run = partial(getattr(per_step, op), steps)
     step_by_step = Candidate("cuda", run, partial(_why_not, op), devices=("cuda",), variant="per step")
     tiers = {
-        tier: SimpleNamespace(
-            fwd=getattr(raw, f"lstm_{tier}_fwd").default, bwd=getattr(raw, f"lstm_{tier}_bwd").default
-        )
+        tier: _compiled(tier)
         for tier in resident_recurrence.TIERS
         if hasattr(raw, f"lstm_{tier}_fwd")  # else the library is from before that tier
     }
@@ -73,6 +105,6 @@ def resident_candidates(
     for name, namespace in kernels.items():
         tier = resident_recurrence.TIERS[name]
         run = partial(getattr(resident_recurrence, op), tier, namespace)
-        why_not = partial(_why_not_resident, op, tier, on_device)
+        why_not = partial(_why_not_resident, op, tier, namespace, on_device)
         found.append(Candidate("cuda", run, why_not, devices=("cuda",), variant=name))
     return tuple(found)

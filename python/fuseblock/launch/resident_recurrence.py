@@ -71,6 +71,7 @@ TIERS = {
     tier.name: tier
     for tier in (
         Tier("block", (*_HALF, torch.float32), lambda dtype, gpu: 64 if dtype == torch.float32 else 128),
+        Tier("cluster", _HALF, lambda dtype, gpu: 640 if gpu.has_clusters else 0),
         Tier("grid", _HALF, lstm_grid.largest_hidden, lstm_grid.workspace_bytes),
     )
 }
@@ -119,6 +120,12 @@ class ResidentKernels(Protocol):
         passes: int,
     ) -> None:
         """All steps, last to first. None among the gradients means zeros."""
+
+    # Tiers that a GPU with the right limits may still refuse have a third function,
+    #
+    #   resident(w_hh: Tensor, backward: bool) -> int
+    #
+    # the blocks of the kernel for w_hh (D, 4H, H) that run at the same time; 0: the launch would be refused.
 
 
 def _with_near_rows(x: Tensor) -> Tensor:

@@ -1,0 +1,226 @@
+"""The recurrence's cluster tier, emulated: values over odd sizes, ragged rows, any order of events, layouts, refusals."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import fuseblock
+from fuseblock import dispatch
+from fuseblock.launch import cuda_lstm_recurrence
+from fuseblock.launch.gpu import A100, H200, RTX_A4000
+
+from ..backends import available
+from ..emulator.build import ROOT
+from . import resident_cases
+from .lstm_cases import LstmCase, check_backward, check_forward
+from .resident_cases import TierOps, case
+
+DTYPES = [torch.float16, torch.bfloat16]
+BATCHES, HIDDENS, STEPS = (1, 3, 8, 17), (24, 40, 100, 128, 200, 256, 320), (1, 2, 33)
+
+
+@pytest.fixture
+def cluster() -> Iterator[TierOps]:
+    ops = TierOps("cluster")
+    yield ops
+    ops.reset()
+    ops.kernels.set_device()
+
+
+#: Every pair of values of two different columns occurs: steps, batch, hidden, directions, lengths, multiprocessors. With one
+#: multiprocessor a cluster takes 16 rows, where pieces of 16 bytes are aligned.
+PAIRWISE = [
+    (33, 3, 24, 2, True, 1),
+    (2, 1, 24, 1, False, 132),
+    (1, 8, 24, 2, False, 132),
+    (2, 17, 24, 1, True, 1),
+    (2, 3, 40, 1, True, 132),
+    (1, 17, 40, 2, True, 1),
+    (33, 8, 40, 1, False, 132),
+    (2, 1, 40, 2, False, 1),
+    (1, 1, 100, 1, True, 1),
+    (2, 8, 100, 2, True, 132),
+    (33, 1, 100, 1, False, 132),
+    (2, 17, 100, 2, False, 1),
+    (2, 8, 128, 2, True, 132),
+    (33, 1, 128, 1, True, 1),
+    (2, 3, 128, 2, False, 132),
+    (1, 17, 128, 1, False, 1),
+    (2, 3, 200, 2, True, 132),
+    (1, 17, 200, 1, False, 1),
+    (2, 8, 256, 1, True, 132),
+    (2, 17, 256, 2, False, 1),
+    (1, 1, 320, 2, False, 132),
+    (2, 8, 320, 1, True, 132),
+    (2, 17, 320, 1, True, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", PAIRWISE, ids=str)
+def test_parity(cluster: TierOps, sizes: tuple[Any, ...], dtype: torch.dtype) -> None:
+    *problem, cluster.kernels.multiprocessors = sizes
+    check_forward(cluster, case(*problem), dtype)
+    check_backward(cluster, case(*problem), dtype)
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 1])
+@pytest.mark.parametrize("hidden", [500, 640])
+def test_clusters_of_16(cluster: TierOps, hidden: int, multiprocessors: int) -> None:
+    cluster.kernels.multiprocessors = multiprocessors
+    check_forward(cluster, case(2, 9, hidden, 1, True), torch.bfloat16)
+    check_backward(cluster, case(2, 9, hidden, 1, True), torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("multiprocessors", [132, 1])
+@pytest.mark.parametrize("hidden", HIDDENS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_parity_of_every_size(
+    cluster: TierOps, batch: int, hidden: int, multiprocessors: int, dtype: torch.dtype
+) -> None:
+    cluster.kernels.multiprocessors = multiprocessors
+    for steps, directions, with_lengths in itertools.product(STEPS, (1, 2), (False, True)):
+        cluster.kernels.set_seed(steps + directions)
+        check_forward(cluster, case(steps, batch, hidden, directions, with_lengths), dtype)
+        check_backward(cluster, case(steps, batch, hidden, directions, with_lengths), dtype)
+
+
+#: Threads and blocks in any order, one block behind the others, what is sent arriving soon or late.
+@pytest.mark.parametrize(
+    ("hidden", "multiprocessors", "seeds"), [(40, 132, 12), (40, 1, 12), (260, 132, 2), (264, 1, 2)]
+)
+def test_any_order(cluster: TierOps, hidden: int, multiprocessors: int, seeds: int) -> None:
+    cluster.kernels.multiprocessors = multiprocessors
+    resident_cases.check_any_order(cluster, case(4, 9, hidden, 1, True), torch.bfloat16, range(1, 1 + seeds))
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 1])
+def test_absent_gradients_mean_zeros(cluster: TierOps, multiprocessors: int) -> None:
+    cluster.kernels.multiprocessors = multiprocessors
+    for given in [(), (0,), (1,), (2,), (3,), (4,), (0, 1, 2)]:
+        check_backward(cluster, case(4, 3, 40, 2, True), torch.bfloat16, given=given)
+
+
+def test_clusters_and_their_rows(cluster: TierOps) -> None:
+    """One tile of 8 rows a cluster; two where tiles outnumber clusters side by side, unless registers are short."""
+    for multiprocessors, hidden, batch, directions, forward, backward in [
+        (12, 40, 17, 1, (12, 1, 256), (12, 1, 256)),
+        (11, 40, 17, 1, (8, 1, 256), (8, 1, 256)),
+        (12, 40, 17, 2, (8, 2, 256), (8, 2, 256)),
+        (11, 41, 17, 1, (12, 1, 256), (12, 1, 256)),
+        (16, 264, 16, 1, (16, 1, 384), (16, 1, 384)),
+        (15, 264, 16, 1, (8, 1, 384), (8, 1, 384)),
+    ]:
+        cluster.kernels.multiprocessors = multiprocessors
+        gx, h0, c0, w_hh, _, _ = case(1, batch, hidden, directions, False).inputs(torch.float16)
+        y, _, _, gates, c = cluster.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
+        assert cluster.kernels.last_launch() == forward
+        saved = (gates, c, c0, w_hh, None, None, None)
+        cluster.lstm_recurrence_bwd(y, None, None, None, None, *saved)
+        assert cluster.kernels.last_launch() == backward
+        for d_gates, d_c in ((gates, None), (None, c)):
+            cluster.lstm_recurrence_bwd(y, None, None, d_gates, d_c, *saved)
+            assert cluster.kernels.last_launch()[0] == -(-batch // 8) * (4 if hidden <= 256 else 8)
+
+
+@pytest.mark.parametrize("layout", resident_cases.LAYOUTS)
+def test_layouts(cluster: TierOps, layout: str) -> None:
+    resident_cases.check_layout(cluster, case(4, 3, 40, 2, False), torch.bfloat16, layout)
+
+
+def test_what_inactive_rows_must_ignore_may_be_nan(cluster: TierOps) -> None:
+    resident_cases.check_inactive_rows(cluster, case(4, 3, 24, 2, True), torch.float16)
+
+
+def test_rows_do_not_touch_each_other(cluster: TierOps) -> None:
+    resident_cases.check_rows_apart(cluster, case(3, 4, 24, 1, False), torch.float16)
+
+
+def test_nothing_to_do(cluster: TierOps) -> None:
+    resident_cases.check_nothing_to_do(cluster, torch.float16)
+
+
+def classes() -> list[tuple[int, int]]:
+    """(H, blocks of a cluster) of every class that the header lists."""
+    header = (ROOT / "csrc" / "cuda" / "lstm_recurrence_cluster.h").read_text()
+    return [(int(h), int(c)) for h, c in re.findall(r"X\((\d+), (\d+), [^)]*\)", header)]
+
+
+def test_sizes_are_those_of_the_header(cluster: TierOps) -> None:
+    hidden = [h for h, _ in classes()]
+    assert hidden == sorted(hidden)
+    assert hidden[-1] == cluster.tier.largest_hidden(torch.float16, H200)
+    for dtype, too_large in [(torch.float16, hidden[-1] + 1), (torch.float64, 8)]:
+        gx, h0, c0, w_hh, _, _ = case(1, 1, too_large, 1, False).inputs(dtype)
+        with pytest.raises(ValueError, match="cudaError 1"):
+            cluster.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_clusters_that_do_not_fit_are_declined(cluster: TierOps, backward: bool) -> None:
+    """A launch is an error there, so nobody tries."""
+    op = "lstm_recurrence_bwd" if backward else "lstm_recurrence"
+    (candidate,) = cuda_lstm_recurrence.resident_candidates(op, {"cluster": cluster.kernels})
+    for limits in (
+        {"largest_cluster": 8},
+        {"largest_cluster": 4},
+        {"clusters": False},
+        {"shared_bytes": 20_000},
+    ):
+        cluster.kernels.set_device(**limits)
+        most = 0 if "clusters" in limits else limits.get("largest_cluster", 16)
+        for hidden, blocks in classes():
+            gx, h0, c0, w_hh, _, _ = case(1, 1, hidden, 1, False).inputs(torch.float16)
+            args: tuple[Any, ...] = (gx, h0, c0, w_hh, None, None, None, False)
+            if backward:
+                args = (*5 * [None], gx, c0, c0, w_hh, None, None, None)
+            reason = candidate.why_not(*args)
+            fits = blocks <= most and "shared_bytes" not in limits
+            assert (reason is None) == fits, (limits, hidden, reason)
+            if fits:
+                continue
+            assert f"H = {hidden} cannot run at the same time on H200" in str(reason)
+            assert candidate.run is not None
+            if "shared_bytes" not in limits:
+                with pytest.raises(ValueError, match="cudaError"):
+                    candidate.run(*args)
+
+
+def test_not_on_gpus_without_clusters(cluster: TierOps) -> None:
+    w_hh = torch.zeros(1, 4 * 256, 256, dtype=torch.float16)
+    for gpu in (A100, RTX_A4000):
+        assert cluster.tier.why_not(w_hh, None, None, gpu) == f"the cluster tier does not run on {gpu.name}"
+    assert cluster.tier.why_not(w_hh, None, None, replace(H200, capability=(10, 0))) is None
+
+
+DECLINED = {
+    "float32": (LstmCase(2, 3, 24, 1, None, None), torch.float32, "float16 and bfloat16"),
+    "large": (LstmCase(2, 3, 641, 1, None, None), torch.float16, "H = 641"),
+    "projection": (LstmCase(2, 3, 24, 1, 8, None), torch.bfloat16, "projection"),
+}
+
+
+@pytest.mark.parametrize("kind", DECLINED)
+def test_declined_calls_run_elsewhere_and_say_why(kind: str) -> None:
+    problem, dtype, reason = DECLINED[kind]
+    args = (*problem.inputs(dtype), None, True)
+    with available("cuda"), fuseblock.backend("cuda"):
+        explanation = dict(fuseblock.explain("lstm_recurrence", *args).reasons)
+        assert reason in str(explanation["cuda (cluster)"])
+        assert dispatch.choose("lstm_recurrence", args).variant != "cluster"
+
+
+def test_chosen_above_the_block_tier() -> None:
+    with available("cuda"), fuseblock.backend("cuda"):
+        for hidden, variant in ((128, "block"), (129, "cluster"), (640, "cluster")):
+            args = (*LstmCase(2, 1, hidden, 1, None, None).inputs(torch.bfloat16), None, True)
+            assert dispatch.choose("lstm_recurrence", args).variant == variant
