@@ -78,7 +78,10 @@ class Document:
             _tables.parse(self._content)
             if self._content.get("device") != device:
                 raise ValueError(f"it was measured on {self._content.get('device')}, this is {device}")
+            _check_notes(self._content)
         self._content.setdefault("runs", []).append(run)
+        # Whoever cannot write shall not measure first.
+        path.parent.mkdir(parents=True, exist_ok=True)
 
     def find(self, op: str, key: dict[str, Any], part: str = "ops") -> dict[str, Any] | None:
         """The entry of a question, or None; ``part``: ``ops``, or ``failed`` for those that nobody answered."""
@@ -97,7 +100,6 @@ class Document:
         entry["run"] = len(self._content["runs"]) - 1
         part = self._content.setdefault("ops" if outcome.times else "failed", {})
         part.setdefault(op, []).append(entry)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_suffix(".new")
         # An entry a line: tables are read, compared and reviewed by people, too.
         new.write_text(_lines(self._content) + "\n", encoding="utf-8")
@@ -110,6 +112,16 @@ class Document:
     def entries(self) -> dict[str, list[dict[str, Any]]]:
         """The entries by operator."""
         return dict(self._content["ops"])
+
+
+def _check_notes(content: dict[str, Any]) -> None:
+    """Raise ValueError unless what dispatch does not read of a table is as it was written here."""
+    failed = content.get("failed", {})
+    lists = failed.values() if isinstance(failed, dict) else [None]
+    if not all(isinstance(e, list) and all(isinstance(x, dict) and "key" in x for x in e) for e in lists):
+        raise ValueError("failed: expected lists of entries by operator")
+    if not isinstance(content.get("runs", []), list):
+        raise ValueError("runs: expected a list")
 
 
 def _lines(content: dict[str, Any]) -> str:
@@ -275,7 +287,8 @@ def _summary(document: Document) -> None:
     for op, entries in document.entries().items():
         for entry in entries:
             kind = entry["key"]
-            groups.setdefault((op, kind["mode"], kind["dtype"], kind["tf32"]), []).append(entry)
+            names = (op, *(str(kind.get(name, "")) for name in ("mode", "dtype", "tf32")))
+            groups.setdefault(names, []).append(entry)
     lines = []
     for group, entries in groups.items():
         best = [entry["best"] for entry in entries]

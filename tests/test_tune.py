@@ -225,16 +225,36 @@ def test_stacks_run_on_the_backends_found_so_far(tmp_path: Path, monkeypatch: py
             '{"schema": 1, "device": "NVIDIA H200", "ops": {}}',
             "measured on NVIDIA H200, this is",
         ),
+        ('{"schema": 1, "device": "HERE", "ops": {}, "runs": {}}', "runs: expected a list"),
+        ('{"schema": 1, "device": "HERE", "ops": {}, "failed": {"lstm": [1]}}', "failed: expected lists"),
     ],
 )
 def test_a_file_that_is_no_table_of_this_device_is_left_alone(
     content: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "table.json"
+    content = content.replace("HERE", tune.machine.describe("cpu")["machine"]["cpu"])
     out.write_text(content)
     assert run(out, "--dtype", "float32") == tune.USAGE
     assert words in capsys.readouterr().err
     assert out.read_text() == content
+
+
+def test_who_cannot_write_does_not_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert run(tmp_path / "file" / "table.json", "--dtype", "float32") == tune.USAGE
+    assert "File exists" in capsys.readouterr().err
+
+
+def test_entries_of_others_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The summary tells of them what they have."""
+    out = tmp_path / "table.json"
+    other = {"key": {"hidden": 3}, "times": {"a": 1.0}, "best": "a"}
+    device = tune.machine.describe("cpu")["machine"]["cpu"]
+    out.write_text(json.dumps({"schema": 1, "device": device, "ops": {"other": [other]}}))
+    assert run(out, "--dtype", "float32") == tune.COMPLETE
+    assert read(out)["ops"]["other"] == [other]
+    assert "other" in capsys.readouterr().out
 
 
 def test_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
