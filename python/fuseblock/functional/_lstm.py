@@ -143,8 +143,8 @@ def lstm(
         lengths, batch_sizes: ragged batches, as in `lstm_recurrence`.
         save_gates: False keeps less for backward, half or less of it: the gates (4H of the 6H numbers per row, step and
             direction that are kept beside the input) are computed again from y, by two GEMMs over all steps. In eager mode,
-            where the stack is one autograd node: compiled code, function transforms and dropout between layers keep what
-            their operators keep.
+            where the stack is one autograd node: compiled code, function transforms, autocast, dropout between layers and
+            ``batch_sizes`` on a GPU keep what their operators keep.
 
     Returns:
         output (T, B, D*P) or (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H), in the dtype of ``input`` (under autocast, in

@@ -51,8 +51,8 @@ class LSTM(torch.nn.LSTM):
       instead of raising;
     * backward works in eval mode, and twice, on every device;
     * more than 65,535 time steps;
-    * ``lstm.save_gates = False``: training keeps half of the memory or less, and backward computes the gates again
-      (:func:`fuseblock.functional.lstm`);
+    * ``lstm.save_gates = False``: training keeps half of the memory or less, and backward computes the gates again; not
+      under autocast, in compiled code and some more (:func:`fuseblock.functional.lstm`);
     * ``torch.compile(fullgraph=True)`` after :func:`fuseblock.enable_compile`; without that call the
       compiler breaks its graph at this module, as it does at every :class:`torch.nn.LSTM`. ``torch.export``
       needs no call.
