@@ -64,3 +64,43 @@ def test_grid_tier(direction: str, architecture: str) -> None:
         assert any(re.search(r"REDG?\.E\.ADD\S*\.STRONG\.GPU", text) for text in time), name
         seen.add(steps)
     assert seen == set(lstm_grid.CLASSES)
+
+
+def cluster_classes() -> dict[int, tuple[int, ...]]:
+    """H -> (blocks of a cluster, parts of k, tiles of weights in registers for one tile of rows, and for two)."""
+    header = (ROOT / "csrc" / "cuda" / "lstm_recurrence_cluster.h").read_text()
+    found = (map(int, text.split(", ")) for text in re.findall(r"X\((\d[^)]*)\)", header))
+    return {hidden: tuple(others) for hidden, *others in found}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_cluster_tier(direction: str, architecture: str) -> None:
+    """Weights in registers that a step does not write, others in shared memory; what blocks exchange leaves as st.async."""
+    kernels = sass(ROOT / "csrc" / "cuda" / f"lstm_recurrence_cluster_{direction}.cu", architecture)
+    seen = set()
+    for code in kernels:
+        name = code.split("\n", 1)[0]
+        hidden, tiles, aligned = map(int, re.search(r"ClassILi(\d+)\S*?EELi(\d)ELb(\d)E", name).groups())
+        blocks, parts, *registers = cluster_classes()[hidden]
+        weights = hidden // 8 // parts
+        held = min(weights, registers[0 if tiles == 1 and aligned else 1])
+        loops = loops_around_mma(instructions(code))
+        product, time = loops[0], loops[-1]
+        rows_at_once = tiles if direction == "fwd" else 1
+        assert sum("HMMA.16816" in text for text in product) == weights * rows_at_once, name
+        over = set().union(*map(written, time))
+        resident = [tile for tile in weight_tiles(product) if over.isdisjoint(range(tile, tile + 4))]
+        assert len(resident) == held, f"{name}: {len(resident)} tiles of weights stay in registers"
+        assert sum("LDS.128" in text for text in product) >= weights - held, name
+        assert not [text for text in time if re.search(r"\b(LDL|STL)\b", text)], f"{name} spills"
+        sends = blocks // (4 if direction == "fwd" else 2 * parts)
+        assert sum("STAS.128" in text for text in time) >= sends, name
+        assert any("SYNCS.PHASECHK" in text for text in time), name
+        if aligned:
+            # gx, y and gates; gates, dy and d(gx)
+            loads, stores = (sum(kind in text for text in time) for kind in ("LDG.E.128", "STG.E.128"))
+            assert loads >= (1 if direction == "fwd" else 2), f"{name}: {loads} loads of 16 bytes"
+            assert stores >= (2 if direction == "fwd" else 1), f"{name}: {stores} stores of 16 bytes"
+        seen.add((hidden, tiles, aligned))
+    assert seen == {(h, *kind) for h in cluster_classes() for kind in ((1, 0), (1, 1), (2, 1))}
