@@ -228,12 +228,13 @@ def written(text: str) -> set[int]:
 
 
 def resident_weights(loop: list[str], passes: int) -> set[int]:
-    """Registers that hold weights: left operands of mma; in three passes, what is split in the loop but not loaded there."""
+    """Registers of left operands of mma, in three passes of what is split to become one, that the loop does not load."""
     if passes == 1:
         tiles = {int(re.search(r"R\d+, R(\d+)", text)[1]) for text in loop if "HMMA" in text}
-        return {first + n for first in tiles for n in range(4)}
-    split = {int(r) for text in loop for r in re.findall(r"\bR(\d+)(?:\.reuse)?, 0x1000\b", text)}
-    return split - {r for text in loop if "LDSM" in text for r in written(text)}
+        used = {first + n for first in tiles for n in range(4)}
+    else:
+        used = {int(r) for text in loop for r in re.findall(r"\bR(\d+)(?:\.reuse)?, 0x1000\b", text)}
+    return used - {r for text in loop if re.match(r"LDSM|LDS\.128", text) for r in written(text)}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -241,7 +242,7 @@ def resident_weights(loop: list[str], passes: int) -> set[int]:
 def test_weights_stay_in_registers(direction: str, architecture: str) -> None:
     """The time loop of the recurrence's block tier: mma, no reload of weights, 16-byte accesses."""
     stem = "lstm_recurrence_block_"
-    sources = [ROOT / "csrc" / "cuda" / f"{stem}{part}.cu" for part in (direction, "float32")]
+    sources = [ROOT / "csrc" / "cuda" / f"{stem}{part}.cu" for part in (direction, f"{direction}_float32")]
     seen = set()
     for code in (code for source in sources for code in sass(source, architecture)):
         name = code.split("\n", 1)[0]
@@ -258,7 +259,9 @@ def test_weights_stay_in_registers(direction: str, architecture: str) -> None:
         assert len(mma) == 4 * tiles * passes * hidden // k, name
         assert all(instruction in text for text in mma), name
         resident = resident_weights(loop, passes)
-        assert len(resident) == 4 * 4 * hidden // k, f"{name}: tiles of weights share registers"
+        # Of float32 above H = 64, some tiles are in shared memory.
+        held = {96: 26, 128: 33}.get(hidden, 4 * hidden // k) if float32 else 4 * hidden // k
+        assert len(resident) == 4 * held, f"{name}: {len(resident)} registers hold weights"
         for text in loop:
             assert not written(text) & resident, f"{name} writes over a weight: {text}"
         assert not [text for text in loop if re.search(r"\b(LDL|STL)\b", text)], f"{name} spills"
@@ -274,5 +277,5 @@ def test_weights_stay_in_registers(direction: str, architecture: str) -> None:
     assert seen == {
         *((False, 1, h, 1, a) for h in (32, 64, 96, 128) for a in (0, 1)),
         *((False, 1, h, 2, 1) for h in two_tiles),
-        *((True, p, h, 1, a) for p in (1, 3) for h in (32, 64) for a in (0, 1)),
+        *((True, p, h, 1, a) for p in (1, 3) for h in (32, 64, 96, 128) for a in (0, 1)),
     }

@@ -1,16 +1,17 @@
 // What both kernels of the block tier are made of: who owns what, tiles of shared memory.
 //
-//   H       padded hidden size, a template constant: one of FB_LSTM_BLOCK_CLASSES_...
+//   H       padded hidden size, a template constant: one of FB_LSTM_BLOCK_CLASSES
 //   tiles   batch rows of a block in units of 8, the N of mma: 1 or 2
 //   passes  of mma over the operands: lstm_recurrence_operands.cuh
 //
 // A block has a warp for every 16 units. The product is written with the weights as its left operand and the batch as its
-// columns, so that weights stay where they are (in registers) and small batches waste little.
+// columns, so that weights stay where they are (in registers; in float32 above H = 64 some of them in shared memory) and small
+// batches waste little.
 #pragma once
 
 #include "cuda/lstm_gates.cuh"
 #include "cuda/lstm_recurrence_block.h"
-#include "cuda/lstm_recurrence_operands.cuh"
+#include "cuda/lstm_recurrence_tiles.cuh"
 
 namespace fuseblock::lstm_block {
 
@@ -55,6 +56,19 @@ __device__ __forceinline__ void load_operands(RightOperand<T, kPasses> (&x)[2], 
   x[0] = right_operand<T, kPasses>(r[0], r[1]);
   x[1] = right_operand<T, kPasses>(r[2], r[3]);
 }
+
+// A warp's tiles of weights (16 units by one step of k): tile k * kGates + gate. In registers as many as there is room for.
+template <class T, int H>
+inline constexpr int kHeldTiles = !std::is_same_v<T, float> || H <= 64 ? 32 : H <= 96 ? 26 : 33;
+template <class T, int H>
+using Weights = ResidentTiles<kGates * H / kStep<T>, kHeldTiles<T, H>>;
+
+// Dynamic shared memory of a block, for the others.
+template <class T, int H>
+inline constexpr int kWeightBytes = Weights<T, H>::kBytes * H / kWarpUnits;
+
+template <int H>
+inline constexpr int kMostSharedBytes = H <= 96 ? kLstmBlockSharedBytes : kLstmBlockSharedBytesAbove96;
 
 // What a warp moves between global and shared memory: 16-byte pieces of its 16 units of each row, in the dtype T.
 // kParts pieces of T make up 16 units: 2 in 16 bit, 4 in float32. Neighbouring lanes take neighbouring rows.
@@ -171,16 +185,12 @@ cudaError_t dispatch(const LstmShape& shape, const void* w_hh, bool aligned, boo
   };
 #define FB_LSTM_BLOCK_CASE(H) \
   if (shape.hidden <= H) return launch_class.template operator()<H>();
-  if constexpr (kFloat32) {
-    FB_LSTM_BLOCK_CLASSES_FLOAT32(FB_LSTM_BLOCK_CASE)
-  } else {
-    FB_LSTM_BLOCK_CLASSES_16_BIT(FB_LSTM_BLOCK_CASE)
-  }
+  FB_LSTM_BLOCK_CLASSES(FB_LSTM_BLOCK_CASE)
 #undef FB_LSTM_BLOCK_CASE
   return cudaErrorInvalidValue;
 }
 
-// The launchers' part in float32, which has a translation unit of its own: it takes as long to compile as they do.
+// The launchers' parts in float32, in translation units of their own: they take as long to compile as the others.
 cudaError_t run_float32(const LstmFwd& op, void* stream);
 cudaError_t run_float32(const LstmBwd& op, void* stream);
 

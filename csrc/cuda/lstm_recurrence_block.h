@@ -1,14 +1,16 @@
-// C interface of the recurrence's block tier: one block keeps w_hh of its direction in registers; blocks share nothing but
-// inputs. Small H. Tensors: lstm_recurrence.h.
+// C interface of the recurrence's block tier: one block keeps w_hh of its direction on chip; blocks share nothing but inputs.
+// Small H. Tensors: lstm_recurrence.h.
 #pragma once
 
 #include "cuda/lstm_recurrence.h"
 
 namespace fuseblock {
 
-// The sizes that the kernels are compiled for, and the only lists of them. Smaller H is padded with zero units up to the next.
-#define FB_LSTM_BLOCK_CLASSES_16_BIT(X) X(32) X(64) X(96) X(128)
-#define FB_LSTM_BLOCK_CLASSES_FLOAT32(X) X(32) X(64)
+// The sizes that the kernels are compiled for, and the only list of them. Smaller H is padded with zero units up to the next.
+#define FB_LSTM_BLOCK_CLASSES(X) X(32) X(64) X(96) X(128)
+
+// Shared memory of a block at most: of every kernel but those of float32 above H = 96, and of these.
+inline constexpr int kLstmBlockSharedBytes = 96 << 10, kLstmBlockSharedBytesAbove96 = 164224;
 
 }  // namespace fuseblock
 

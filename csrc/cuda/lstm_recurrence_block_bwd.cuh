@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBwd 
   using Gates4 = SharedRows<T, kRows, kGates * H>;
   FB_SHARED(Gates4, gates, [2]);  // of this step and of the next to be done; a thread puts dgates in the place of its own
   FB_SHARED(Hidden, dy_now, );
-  static_assert(sizeof(gates) + sizeof(dy_now) + kWeightBytes<T, H> <= most_shared_bytes(H));
+  static_assert(sizeof(gates) + sizeof(dy_now) + kWeightBytes<T, H> <= kMostSharedBytes<H>);
 
   const Thread me;
   const Slice<kAligned> slice(op.shape, blockIdx.y, static_cast<int64_t>(blockIdx.x) * kRows, kRows);
@@ -232,7 +232,7 @@ cudaError_t run(const LstmBwd& op, void* stream) {
       return cudaErrorInvalidValue;
     } else {
       return FB_LAUNCH_PLACED((lstm_block_bwd_kernel<T, kPasses, H, kTiles, kAligned>), Placement{}, grid, dim3(2 * H),
-                              kWeightBytes<T, H>, stream, op);
+                              (kWeightBytes<T, H>), stream, op);
     }
   });
 }

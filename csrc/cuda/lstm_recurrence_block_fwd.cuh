@@ -5,34 +5,30 @@
 
 namespace fuseblock::lstm_block {
 
-// Tiles (16 units by one step of columns k) of each gate's weights, as the left operand of mma has them.
-template <class T, int kPasses, int H, class Slice>
-__device__ __forceinline__ void load_weights(uint32_t (&tiles)[kGates][H / kStep<T>][4], const T* w_hh, const Slice& slice,
-                                             const Thread& me) {
+// A tile (16 units by one step of columns k) of a gate's weights, as the left operand of mma has it.
+template <class T, int kPasses, class Slice>
+__device__ __forceinline__ WeightTile load_tile(const T* w_hh, const Slice& slice, int gate, int k, const Thread& me) {
+  const auto w = slice.weights(w_hh, gate);
+  WeightTile tile;
 #pragma unroll
-  for (int gate = 0; gate < kGates; ++gate) {
-    const auto w = slice.weights(w_hh, gate);
-    __syncwarp();  // one gate after the other, or addresses take the registers of weights
-#pragma unroll
-    for (int k = 0; k < H / kStep<T>; ++k) {
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const int word = me.word + n / 2 * 4;
-        tiles[gate][k][n] = weight<T, kPasses>(w.template load<kWord<T>>(me.unit + n % 2, k * kStep<T> + word * kWord<T>));
-      }
-    }
+  for (int n = 0; n < 4; ++n) {
+    const int column = k * kStep<T> + (me.word + n / 2 * 4) * kWord<T>;
+    tile.part[n] = weight<T, kPasses>(w.template load<kWord<T>>(me.unit + n % 2, column));
   }
+  return tile;
 }
 
 template <class T, int kPasses, int H, int kTiles, bool kAligned>
 __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmFwd op) {
   constexpr int kRows = kTiles * kTileRows, kWidth = kVectorWidth<T>;
+  constexpr int kChains = kPasses == 3 && H > 64 ? 2 : 1;  // long ones round more than float32 should
   using Hidden = SharedRows<T, kRows, H>;
   using Gates4 = SharedRows<T, kRows, kGates * H>;
   using Cells = SharedRows<float, kRows, H>;
   FB_SHARED(Hidden, h, [2]);  // of the step before and of this one, in turns
   FB_SHARED(Gates4, gates, ); // gx of this step; each thread puts its activated gates in the place of its own gx
   FB_SHARED(Cells, cells, );  // c on its way out
+  static_assert(sizeof(h) + sizeof(gates) + sizeof(cells) + kWeightBytes<T, H> <= kMostSharedBytes<H>);
 
   const Thread me;
   const Slice<kAligned> slice(op.shape, blockIdx.y, static_cast<int64_t>(blockIdx.x) * kRows, kRows);
@@ -43,8 +39,11 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmFwd 
   const bool saves = op.gates != nullptr;
 
   // Before the first step: the weights, for good; h0, c0 and the first gx.
-  uint32_t weights[kGates][H / kStep<T>][4];
-  load_weights<T, kPasses, H>(weights, static_cast<const T*>(op.w_hh), slice, me);
+  FB_DYNAMIC_SHARED(char, room);
+  Weights<T, H> weights;
+  weights.load(room + threadIdx.x / 32 * weights.kBytes, Lane(), [&](int n) {
+    return load_tile<T, kPasses>(static_cast<const T*>(op.w_hh), slice, n % kGates, n / kGates, me);
+  });
 
   UnitPieces<T, kTiles> h0;
   h0.load(slice.state(static_cast<const T*>(op.h0)), me);
@@ -73,8 +72,8 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmFwd 
       arriving.load(gx, me);
     }
 
-    // W h for all rows; the sums of a gate and a tile are one chain of mma, of three passes two.
-    Sum<kPasses> sum[kGates][kTiles];
+    // W h for all rows; the sums of a gate and a tile are one chain of mma, in three passes two or three.
+    Sum<kPasses, kChains> sum[kGates][kTiles];
 #pragma unroll
     for (int k = 0; k < H / kStep<T>; k += 2) {
 #pragma unroll
@@ -84,7 +83,9 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmFwd 
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
-          for (int gate = 0; gate < kGates; ++gate) multiply(sum[gate][tile], weights[gate][k + n], x[n]);
+          for (int gate = 0; gate < kGates; ++gate) {
+            multiply(sum[gate][tile], weights.get((k + n) * kGates + gate).part, x[n], n % kChains);
+          }
         }
       }
     }
@@ -147,8 +148,8 @@ cudaError_t run(const LstmFwd& op, void* stream) {
   const bool aligned = op.shape.hidden % kVectorWidth<T> == 0 && is_aligned(op.gx, kVectorWidth<T>) &&
                        are_aligned({op.h0, op.c0, op.y, op.h_n, op.c_n, op.gates, op.c});
   return dispatch<T>(op.shape, op.w_hh, aligned, false, [&]<int H, int kTiles, bool kAligned>(dim3 grid) {
-    FB_LAUNCH((lstm_block_fwd_kernel<T, kPasses, H, kTiles, kAligned>), grid, dim3(2 * H), 0, stream, op);
-    return cudaGetLastError();
+    return FB_LAUNCH_PLACED((lstm_block_fwd_kernel<T, kPasses, H, kTiles, kAligned>), Placement{}, grid, dim3(2 * H),
+                            (kWeightBytes<T, H>), stream, op);
   });
 }
 

@@ -60,27 +60,32 @@ __device__ __forceinline__ RightOperand<T, kPasses> right_operand(uint32_t first
 }
 
 // What mma adds up. Of three passes, two add small numbers to small ones: the large sum is rounded as often as in one pass.
-template <int kPasses>
+// With two chains, of which each takes every other mma, half as often.
+template <int kPasses, int kChains = 1>
 struct Sum {
-  float high[4] = {}, low[4] = {};
+  float high[kChains][4] = {}, low[4] = {};
 
-  __device__ __forceinline__ float operator[](int n) const { return kPasses == 3 ? high[n] + low[n] : high[n]; }
+  __device__ __forceinline__ float operator[](int n) const {
+    const float sum = kChains == 2 ? high[0][n] + high[kChains - 1][n] : high[0][n];
+    return kPasses == 3 ? sum + low[n] : sum;
+  }
 };
 
 // sum += weights x.
-template <class T, int kPasses>
-__device__ __forceinline__ void multiply(Sum<kPasses>& sum, const uint32_t (&weights)[4], const RightOperand<T, kPasses>& x) {
+template <class T, int kPasses, int kChains>
+__device__ __forceinline__ void multiply(Sum<kPasses, kChains>& sum, const uint32_t (&weights)[4],
+                                         const RightOperand<T, kPasses>& x, int chain = 0) {
   if constexpr (!std::is_same_v<T, float>) {
-    mma_m16n8k16<T>(sum.high, weights, x.high);
+    mma_m16n8k16<T>(sum.high[chain], weights, x.high);
   } else if constexpr (kPasses == 1) {
-    mma_m16n8k8_tf32(sum.high, weights, x.high);
+    mma_m16n8k8_tf32(sum.high[chain], weights, x.high);
   } else {
     uint32_t high[4], low[4];
 #pragma unroll
     for (int n = 0; n < 4; ++n) split_tf32(__uint_as_float(weights[n]), high[n], low[n]);
     mma_m16n8k8_tf32(sum.low, low, x.high);
     mma_m16n8k8_tf32(sum.low, high, x.low);
-    mma_m16n8k8_tf32(sum.high, high, x.high);
+    mma_m16n8k8_tf32(sum.high[chain], high, x.high);
   }
 }
 

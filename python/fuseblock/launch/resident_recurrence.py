@@ -66,11 +66,19 @@ class Tier:
 
 _HALF = (torch.float16, torch.bfloat16)
 
+#: Bytes of shared memory that the block tier needs for float32 above H = 96.
+_BLOCK_SHARED_ABOVE_96 = 164_224
+
+
+def _largest_of_a_block(dtype: torch.dtype, gpu: Gpu) -> int:
+    return 96 if dtype == torch.float32 and gpu.shared_bytes < _BLOCK_SHARED_ABOVE_96 else 128
+
+
 #: In order of preference. The limits are those of the C interface (tests compare them).
 TIERS = {
     tier.name: tier
     for tier in (
-        Tier("block", (*_HALF, torch.float32), lambda dtype, gpu: 64 if dtype == torch.float32 else 128),
+        Tier("block", (*_HALF, torch.float32), _largest_of_a_block),
         Tier("cluster", _HALF, lambda dtype, gpu: 640 if gpu.has_clusters else 0),
         Tier("grid", _HALF, lstm_grid.largest_hidden, lstm_grid.workspace_bytes),
     )
