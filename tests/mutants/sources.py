@@ -36,6 +36,7 @@ def _selected(expression: str, *files: str) -> tuple[str, ...]:
 
 _EMULATOR = (("tests/emulator/test_lstm_gates_emulated.py",),)
 _BLOCK = (("tests/ops/test_lstm_recurrence_block.py", "-m", "not slow"),)
+_CLUSTER = (("tests/ops/test_lstm_recurrence_cluster.py", "-m", "not slow"),)
 _GRID = (("tests/ops/test_lstm_recurrence_grid.py", "-m", "not slow"),)
 _CPU_GATES = (
     _selected(_NOT_CPU, "tests/ops/test_lstm_gates.py"),
@@ -139,7 +140,12 @@ SOURCES = [
     Source("csrc/cuda/lstm_recurrence_block_bwd.cuh", "emulator", _BLOCK),
     Source("csrc/cuda/lstm_recurrence_block_bwd.cu", "emulator", _BLOCK),
     Source("csrc/cuda/lstm_recurrence_operands.cuh", "emulator", _BLOCK),
-    Source("csrc/cuda/lstm_recurrence_tiles.cuh", "emulator", _GRID),
+    Source("csrc/cuda/lstm_recurrence_tiles.cuh", "emulator", _CLUSTER + _GRID),
+    Source("csrc/cuda/lstm_recurrence_cluster.cuh", "emulator", _CLUSTER),
+    Source("csrc/cuda/lstm_recurrence_cluster_fwd.cuh", "emulator", _CLUSTER),
+    Source("csrc/cuda/lstm_recurrence_cluster_fwd.cu", "emulator", _CLUSTER),
+    Source("csrc/cuda/lstm_recurrence_cluster_bwd.cuh", "emulator", _CLUSTER),
+    Source("csrc/cuda/lstm_recurrence_cluster_bwd.cu", "emulator", _CLUSTER),
     Source("csrc/cuda/lstm_recurrence_grid.cuh", "emulator", _GRID),
     Source("csrc/cuda/lstm_recurrence_grid_fwd.cuh", "emulator", _GRID),
     Source("csrc/cuda/lstm_recurrence_grid_bwd.cuh", "emulator", _GRID),
