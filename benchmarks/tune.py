@@ -275,10 +275,20 @@ def main(
                 break
 
     _summary(document)
-    print(f"wrote {path}: {done} measured, {len(pending) - done} left")
+    print(f"{path}: {done} measured, {len(pending) - done} left")
+    if cuda and (hint := unread(path, name)):
+        print(hint)
     for text in excluded:
         print(f"error: {text}", file=sys.stderr)
     return WRONG if excluded else UNFINISHED if done < len(pending) else COMPLETE
+
+
+def unread(path: Path, gpu: str) -> str | None:
+    """What to do for dispatch to read this table of a GPU, or None: fuseblock may be installed from elsewhere."""
+    name = _tables.file_name(gpu)
+    if any((folder / name).resolve() == path.resolve() for folder in _tables.folders()):
+        return None
+    return f"note: dispatch does not read it there: name it {name}, and its folder in FUSEBLOCK_CONFIGS"
 
 
 def _summary(document: Document) -> None:

@@ -267,6 +267,16 @@ def test_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "no case matches ['no such case']" in capsys.readouterr().err
 
 
+def test_a_table_that_dispatch_does_not_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FUSEBLOCK_CONFIGS", raising=False)
+    assert tune.unread(tune._CONFIGS / "nvidia-h200.json", "NVIDIA H200") is None
+    path = tmp_path / "nvidia-h200.json"
+    assert "name it nvidia-h200.json, and its folder in FUSEBLOCK_CONFIGS" in tune.unread(path, "NVIDIA H200")
+    monkeypatch.setenv("FUSEBLOCK_CONFIGS", str(tmp_path))
+    assert tune.unread(path, "NVIDIA H200") is None
+    assert tune.unread(tmp_path / "mine.json", "NVIDIA H200")
+
+
 def test_times_within_two_percent_are_equal() -> None:
     assert tune.Outcome({"a": 1.0, "b": 0.985, "c": 0.99}, {}).best == "a"
     assert tune.Outcome({"a": 1.0, "b": 0.97, "c": 0.96}, {}).best == "b"
