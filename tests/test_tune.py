@@ -142,7 +142,15 @@ def test_who_is_wrong_or_fails_is_left_out_and_reported(
     def failing(*args: Any) -> Any:
         raise RuntimeError("cannot do this")
 
-    candidates(monkeypatch, wrong=wrong, failing=failing, right=right)
+    called = set()
+
+    def at_first_right(*args: Any) -> Any:
+        y, *others = right(*args)
+        again = args[-1] in called
+        called.add(args[-1])
+        return (y * 1.001 if again else y), *others
+
+    candidates(monkeypatch, wrong=wrong, failing=failing, at_first_right=at_first_right, right=right)
     out = tmp_path / "table.json"
     assert run(out, "--dtype", "float32") == tune.WRONG
     printed = capsys.readouterr().err
@@ -151,6 +159,7 @@ def test_who_is_wrong_or_fails_is_left_out_and_reported(
         assert list(entry["times"]) == [dispatch.candidates("lstm_recurrence")[0].label, "cuda (right)"]
         assert entry["excluded"]["cuda (failing)"] == "RuntimeError: cannot do this"
         assert entry["excluded"]["cuda (wrong)"].startswith("y is off by ")
+        assert entry["excluded"]["cuda (at_first_right)"].startswith("y is off by ")
 
 
 def test_a_question_that_nobody_answers_is_not_asked_again(
