@@ -4,8 +4,8 @@
     python -m benchmarks tune --device cpu --out /tmp/cpu.json rehearses all of it; on CPUs dispatch asks no table
 
 Every rival's results are checked before the timing and after it (`benchmarks.parity`); who is wrong, or fails, is left out
-and reported. The others are timed against each other, interleaved (`benchmarks.timing`): on a GPU between CUDA events around many calls in a row, so
-that a call limited by its launches counts as such. The table is written after every question: a run that ends early, at its
+and reported. The others are timed against each other, interleaved (`benchmarks.timing`): on a GPU between CUDA events around
+many calls in a row, so that a call limited by its launches counts as such. The table is written after every question: a run that ends early, at its
 budget at the latest, is continued by the next.
 """
 
