@@ -5,8 +5,8 @@
 
 Every rival's results are checked before the timing and after it (`benchmarks.parity`); who is wrong, or fails, is left out
 and reported. The others are timed against each other, interleaved (`benchmarks.timing`): on a GPU between CUDA events around
-many calls in a row, so that a call limited by its launches counts as such. The table is written after every question: a run that ends early, at its
-budget at the latest, is continued by the next.
+many calls in a row, so that a call limited by its launches counts as such. The table is written after every question: a run
+that ends early, at its budget at the latest, is continued by the next.
 """
 
 from __future__ import annotations
