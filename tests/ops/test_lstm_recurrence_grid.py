@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import fuseblock
 from fuseblock import dispatch
@@ -18,31 +17,34 @@ from fuseblock.launch import lstm_grid, resident_recurrence
 from fuseblock.launch.gpu import A100, H200, KNOWN, Gpu
 
 from ..backends import available
-from ..emulator import load_recurrence
 from ..emulator.build import ROOT
 from .lstm_cases import LstmCase, check_backward, check_forward
+from .resident_cases import (
+    LAYOUTS,
+    TierOps,
+    case,
+    check_any_order,
+    check_inactive_rows,
+    check_layout,
+    check_nothing_to_do,
+    check_rows_apart,
+)
 
 DTYPES = [torch.float16, torch.bfloat16]
 GRID = resident_recurrence.TIERS["grid"]
 BATCHES, HIDDENS, STEPS = (1, 3, 8, 17), (24, 40, 100, 128, 200, 256, 320), (1, 2, 33)
 
 
-class GridOps:
-    """The first-order operators of the recurrence, run by the emulated grid tier alone, on a GPU of the kernels' limits."""
+class GridOps(TierOps):
+    """On a GPU of the kernels' limits."""
 
     def __init__(self) -> None:
-        self.kernels = load_recurrence("grid")
+        super().__init__("grid")
 
     @property
     def gpu(self) -> Gpu:
         limits = self.kernels.multiprocessors, self.kernels.shared_bytes
         return replace(H200, name="emulated", multiprocessors=limits[0], shared_bytes=limits[1])
-
-    def lstm_recurrence(self, *args: Any) -> tuple[Tensor, ...]:
-        return resident_recurrence.lstm_recurrence(GRID, self.kernels, *args)
-
-    def lstm_recurrence_bwd(self, *args: Any) -> tuple[Tensor, ...]:
-        return resident_recurrence.lstm_recurrence_bwd(GRID, self.kernels, *args)
 
 
 @pytest.fixture
@@ -51,14 +53,8 @@ def grid(monkeypatch: pytest.MonkeyPatch) -> Iterator[GridOps]:
     # The workspace is as small as the emulated GPU allows.
     monkeypatch.setattr(resident_recurrence, "gpu_of", lambda x: ops.gpu)
     yield ops
-    ops.kernels.multiprocessors, ops.kernels.shared_bytes = H200.multiprocessors, H200.shared_bytes
-    ops.kernels.set_seed(0)
-
-
-def case(steps: int, batch: int, hidden: int, directions: int, with_lengths: bool) -> LstmCase:
-    """Lengths from 0 to steps, every row another one."""
-    lengths = tuple((7 * b + steps) % (steps + 1) for b in range(batch)) if with_lengths else None
-    return LstmCase(steps, batch, hidden, directions, None, lengths)
+    ops.kernels.shared_bytes = H200.shared_bytes
+    ops.reset()
 
 
 #: Every pair of values of two different columns occurs: steps, batch, hidden, directions, lengths, multiprocessors, dtype.
@@ -157,15 +153,7 @@ def test_events_in_any_order(
 ) -> None:
     """Bit for bit: blocks wait where they must, and nothing depends on who comes first or what arrives late."""
     grid.kernels.multiprocessors = multiprocessors
-    *tensors, lengths = case(4, batch, hidden, directions, True).inputs(torch.bfloat16)
-    results = []
-    for seed in range(12):
-        grid.kernels.set_seed(seed)
-        y, h_n, c_n, gates, c = grid.lstm_recurrence(*tensors, lengths, None, True)
-        saved = (gates, c, tensors[2], tensors[3], None, lengths, None)
-        results.append([y, h_n, c_n, gates, c, *grid.lstm_recurrence_bwd(y, h_n, c_n, None, None, *saved)])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    check_any_order(grid, case(4, batch, hidden, directions, True), torch.bfloat16, range(12))
 
 
 def test_absent_gradients_mean_zeros(grid: GridOps) -> None:
@@ -199,70 +187,24 @@ def test_blocks(
     assert grid.kernels.last_launch() == (backward, 1, 256)
 
 
-@pytest.mark.parametrize("layout", ["batch first", "sliced", "shifted", "expanded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(grid: GridOps, layout: str) -> None:
     grid.kernels.multiprocessors = 4
-    gx, h0, c0, w_hh, _, _ = case(4, 3, 40, 2, False).inputs(torch.bfloat16)
-    y, h_n, c_n, gates, c = grid.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
-    saved = (gates, c, c0, w_hh, None, None, None)
-    dy = torch.ones_like(y)
-    want = grid.lstm_recurrence_bwd(dy, None, None, None, None, *saved)
-
-    def other(x: Tensor) -> Tensor:
-        if layout == "batch first":
-            return x.transpose(0, 1).contiguous().transpose(0, 1)
-        if layout == "sliced":
-            return torch.cat([x, x.new_full(x.shape, float("nan"))], -1)[..., : x.shape[-1]]
-        flat = torch.nn.functional.pad(x.flatten(), (1, 0), value=float("nan"))
-        return flat[1:].view(x.shape)
-
-    if layout == "expanded":
-        dy = torch.ones((), dtype=dy.dtype).expand(dy.shape)
-    else:
-        gx, h0, c0, w_hh, dy, gates, c = map(other, (gx, h0, c0, w_hh, dy, gates, c))
-    got = grid.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
-    assert all(torch.equal(a, b) for a, b in zip(got[:3], (y, h_n, c_n), strict=True))
-    got = grid.lstm_recurrence_bwd(dy, None, None, None, None, gates, c, c0, w_hh, None, None, None)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    check_layout(grid, case(4, 3, 40, 2, False), torch.bfloat16, layout)
 
 
 def test_what_inactive_rows_must_ignore_may_be_nan(grid: GridOps) -> None:
     grid.kernels.multiprocessors = 4
-    gx, h0, c0, w_hh, _, lengths = case(4, 3, 40, 2, True).inputs(torch.float16)
-    beyond = torch.arange(4)[:, None] >= lengths[None]
-    y, h_n, c_n, gates, c = grid.lstm_recurrence(gx, h0, c0, w_hh, None, lengths, None, True)
-    saved = (c, c0, w_hh, None, lengths, None)
-    want = grid.lstm_recurrence_bwd(y, h_n, c_n, gates, c, gates, *saved)
-    gx, dy, d_gates, dirty = (x.masked_fill(beyond[..., None], float("nan")) for x in (gx, y, gates, gates))
-    got = grid.lstm_recurrence(gx, h0, c0, w_hh, None, lengths, None, True)
-    assert all(torch.equal(a, b) for a, b in zip(got, (y, h_n, c_n, gates, c), strict=True))
-    got = grid.lstm_recurrence_bwd(dy, h_n, c_n, d_gates, c, dirty, *saved)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    check_inactive_rows(grid, case(4, 3, 40, 2, True), torch.float16)
 
 
 def test_rows_do_not_touch_each_other(grid: GridOps) -> None:
-    """A row that is not a number stays alone in its tile."""
     grid.kernels.multiprocessors = 4
-    gx, h0, c0, w_hh, _, _ = case(3, 12, 40, 1, False).inputs(torch.float16)
-    want, *_ = grid.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
-    gx[0, 2] = float("nan")
-    got, *_ = grid.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
-    assert got[:, 2].isnan().all()
-    others = [n for n in range(12) if n != 2]
-    assert torch.equal(got[:, others], want[:, others])
+    check_rows_apart(grid, case(3, 12, 40, 1, False), torch.float16)
 
 
-@pytest.mark.parametrize("empty", ["batch", "hidden"])
-def test_nothing_to_do(grid: GridOps, empty: str) -> None:
-    gx, h0, c0, w_hh, _, _ = case(2, 0 if empty == "batch" else 3, 24, 1, False).inputs(torch.float16)
-    if empty == "hidden":
-        gx, h0, c0, w_hh = gx[..., :0], h0[..., :0], c0[..., :0], w_hh[:, :0, :0]
-    y, h_n, c_n, gates, c = grid.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
-    assert y.shape == (*gx.shape[:2], c0.shape[2])
-    dgx, dh0, dc0, _ = grid.lstm_recurrence_bwd(
-        y, None, None, None, None, gates, c, c0, w_hh, None, None, None
-    )
-    assert (dgx.shape, dh0.shape, dc0.shape) == (gx.shape, h0.shape, c0.shape)
+def test_nothing_to_do(grid: GridOps) -> None:
+    check_nothing_to_do(grid, torch.float16)
 
 
 def test_classes_are_those_of_the_header() -> None:
