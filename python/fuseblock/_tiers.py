@@ -25,6 +25,14 @@ from .launch.gpu import Gpu
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _KERNEL = re.compile(r"lstm_(\w+?)_(fwd|bwd|bwd_bwd)_kernel<")
 
+#: Of the cluster tier, by H: forward and backward with two tiles of rows. A test compares them with the launchers.
+_CLUSTER_SHARED = {
+    256: (26_640, 59_408),
+    384: (106_000, 118_288),
+    512: (54_288, 78_864),
+    640: (190_736, 221_456),
+}
+
 #: The largest H of a tier, None for any.
 Limit = Callable[[torch.dtype, Gpu], int | None]
 
@@ -48,7 +56,7 @@ def limits() -> dict[str, Limit]:
 
 def launches() -> dict[str, Launch]:
     """Of the tiers whose blocks ask for shared memory at launch, how much."""
-    found: dict[str, Launch] = {"cuda (grid)": _grid_shared}
+    found: dict[str, Launch] = {"cuda (cluster)": _cluster_shared, "cuda (grid)": _grid_shared}
     if importlib.util.find_spec("triton") is not None:
         found["triton (persistent)"] = _triton_shared
     return found
@@ -56,6 +64,10 @@ def launches() -> dict[str, Launch]:
 
 def _resident(tier: resident_recurrence.Tier, dtype: torch.dtype, gpu: Gpu) -> int:
     return tier.largest_hidden(dtype, gpu) if dtype in tier.dtypes else 0
+
+
+def _cluster_shared(dtype: torch.dtype, hidden: int, backward: bool, gpu: Gpu) -> int:
+    return _CLUSTER_SHARED[next(h for h in _CLUSTER_SHARED if h >= hidden)][backward]
 
 
 def _grid_shared(dtype: torch.dtype, hidden: int, backward: bool, gpu: Gpu) -> int:
