@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import fuseblock
 from fuseblock import dispatch
@@ -19,10 +18,10 @@ from fuseblock.launch import resident_recurrence
 from fuseblock.launch.gpu import A100, H200, RTX_A4000
 
 from ..backends import available
-from ..emulator import load_recurrence
 from ..emulator.build import ROOT
-from . import plain_lstm
+from . import plain_lstm, resident_cases
 from .lstm_cases import LstmCase, check_backward, check_forward
+from .resident_cases import TierOps, case
 
 #: Dtypes with the passes of mma over operands.
 KINDS = [(torch.float16, 1), (torch.bfloat16, 1), (torch.float32, 1), (torch.float32, 3)]
@@ -30,19 +29,6 @@ BLOCK = resident_recurrence.TIERS["block"]
 BATCHES, HIDDENS, STEPS = (1, 3, 8, 17), (24, 40, 100, 128), (1, 2, 33)
 #: Instead of these H in float32: for aligned rows, of which some fill words of 16 bytes but not 8 columns, and for others.
 HIDDENS_FLOAT32 = {24: (28, 30), 40: (64, 45), 100: (92, 93), 128: (128, 126)}
-
-
-class BlockOps:
-    """The first-order operators of the recurrence, run by the emulated block tier alone."""
-
-    def __init__(self) -> None:
-        self.kernels = load_recurrence("block")
-
-    def lstm_recurrence(self, *args: Any) -> tuple[Tensor, ...]:
-        return resident_recurrence.lstm_recurrence(BLOCK, self.kernels, *args)
-
-    def lstm_recurrence_bwd(self, *args: Any) -> tuple[Tensor, ...]:
-        return resident_recurrence.lstm_recurrence_bwd(BLOCK, self.kernels, *args)
 
 
 @contextmanager
@@ -57,7 +43,7 @@ def passes_of_float32(count: int) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def check(block: BlockOps, problem: LstmCase, dtype: torch.dtype, passes: int) -> None:
+def check(block: TierOps, problem: LstmCase, dtype: torch.dtype, passes: int) -> None:
     tf32 = dtype == torch.float32 and passes == 1
     # With gradients that only second derivatives bring, backward never takes two tiles.
     two_tiles = dtype != torch.float32 and block.kernels.multiprocessors == 1
@@ -67,21 +53,10 @@ def check(block: BlockOps, problem: LstmCase, dtype: torch.dtype, passes: int) -
 
 
 @pytest.fixture
-def block() -> Iterator[BlockOps]:
-    ops = BlockOps()
+def block() -> Iterator[TierOps]:
+    ops = TierOps("block")
     yield ops
-    ops.kernels.multiprocessors = 132
-    ops.kernels.set_seed(0)
-
-
-def ragged(steps: int, batch: int) -> tuple[int, ...]:
-    """Lengths from 0 to steps, every row another one."""
-    return tuple((7 * b + steps) % (steps + 1) for b in range(batch))
-
-
-def case(steps: int, batch: int, hidden: int, directions: int, with_lengths: bool) -> LstmCase:
-    lengths = ragged(steps, batch) if with_lengths else None
-    return LstmCase(steps, batch, hidden, directions, None, lengths)
+    ops.reset()
 
 
 #: Every pair of values of two different columns occurs: steps, batch, hidden, directions, lengths, multiprocessors. The
@@ -108,7 +83,7 @@ PAIRWISE = [
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("sizes", PAIRWISE, ids=str)
-def test_parity(block: BlockOps, sizes: tuple[Any, ...], dtype: torch.dtype) -> None:
+def test_parity(block: TierOps, sizes: tuple[Any, ...], dtype: torch.dtype) -> None:
     steps, batch, hidden, directions, with_lengths, block.kernels.multiprocessors = sizes
     if dtype == torch.float32:
         hidden = HIDDENS_FLOAT32[hidden][batch > 3]
@@ -122,7 +97,7 @@ def test_parity(block: BlockOps, sizes: tuple[Any, ...], dtype: torch.dtype) -> 
 @pytest.mark.parametrize("hidden", HIDDENS)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_parity_of_every_size(
-    block: BlockOps, batch: int, hidden: int, multiprocessors: int, dtype: torch.dtype, passes: int
+    block: TierOps, batch: int, hidden: int, multiprocessors: int, dtype: torch.dtype, passes: int
 ) -> None:
     block.kernels.multiprocessors = multiprocessors
     if dtype == torch.float32:  # which has no other use for fewer multiprocessors
@@ -132,7 +107,7 @@ def test_parity_of_every_size(
         check(block, case(steps, batch, hidden, directions, with_lengths), dtype, passes)
 
 
-def test_three_passes_round_sums_as_seldom_as_one(block: BlockOps) -> None:
+def test_three_passes_round_sums_as_seldom_as_one(block: TierOps) -> None:
     """Small products are summed apart: otherwise this case is beyond the bound."""
     check(block, case(1, 8, 64, 1, False), torch.float32, 3)
 
@@ -148,7 +123,7 @@ def test_passes_are_for_pytorchs_matmul_precision_to_say() -> None:
 
 
 @pytest.mark.parametrize("passes", [1, 3])
-def test_operands_of_float32(block: BlockOps, passes: int) -> None:
+def test_operands_of_float32(block: TierOps, passes: int) -> None:
     """One product, of two numbers of 24 bits: rounded to TF32 (and not truncated) in one pass, whole in three."""
     operand = plain_lstm.tf32 if passes == 1 else torch.clone
     gx, h0, c0, w_hh = torch.ones(1, 1, 16), torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), torch.zeros(1, 16, 4)
@@ -168,21 +143,12 @@ def test_operands_of_float32(block: BlockOps, passes: int) -> None:
 
 @pytest.mark.parametrize("multiprocessors", [132, 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_threads_in_any_order(block: BlockOps, dtype: torch.dtype, multiprocessors: int) -> None:
-    """Bit for bit: the kernels wait where they must, and nothing depends on who comes first."""
+def test_threads_in_any_order(block: TierOps, dtype: torch.dtype, multiprocessors: int) -> None:
     block.kernels.multiprocessors = multiprocessors
-    *tensors, lengths = case(5, 9, 40, 2, True).inputs(dtype)
-    results = []
-    for seed in (0, 1, 2):
-        block.kernels.set_seed(seed)
-        y, h_n, c_n, gates, c = block.lstm_recurrence(*tensors, lengths, None, True)
-        saved = (gates, c, tensors[2], tensors[3], None, lengths, None)
-        results.append([y, h_n, c_n, gates, c, *block.lstm_recurrence_bwd(y, h_n, c_n, None, None, *saved)])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    resident_cases.check_any_order(block, case(5, 9, 40, 2, True), dtype, range(3))
 
 
-def test_rows_of_both_tiles_have_lengths_of_their_own(block: BlockOps) -> None:
+def test_rows_of_both_tiles_have_lengths_of_their_own(block: TierOps) -> None:
     block.kernels.multiprocessors = 1
     problem = case(5, 17, 40, 1, True)
     assert problem.lengths is not None
@@ -191,14 +157,14 @@ def test_rows_of_both_tiles_have_lengths_of_their_own(block: BlockOps) -> None:
 
 
 @pytest.mark.parametrize("multiprocessors", [132, 1])
-def test_absent_gradients_mean_zeros(block: BlockOps, multiprocessors: int) -> None:
+def test_absent_gradients_mean_zeros(block: TierOps, multiprocessors: int) -> None:
     block.kernels.multiprocessors = multiprocessors
     dtype = torch.bfloat16 if multiprocessors == 1 else torch.float32
     for given in [(), (0,), (1,), (2,), (3,), (4,), (0, 1, 2)]:
         check_backward(block, case(4, 3, 40, 2, True), dtype, given=given)
 
 
-def test_blocks(block: BlockOps) -> None:
+def test_blocks(block: TierOps) -> None:
     """One tile of 8 rows a block; two where tiles outnumber multiprocessors; one again where registers are short."""
     for multiprocessors, hidden, batch, directions, forward, backward in [
         (4, 40, 17, 1, (3, 1, 128), (3, 1, 128)),
@@ -221,73 +187,27 @@ def test_blocks(block: BlockOps) -> None:
             assert block.kernels.last_launch()[0] == -(-batch // 8)
 
 
-@pytest.mark.parametrize("layout", ["batch first", "sliced", "shifted", "expanded"])
+@pytest.mark.parametrize("layout", resident_cases.LAYOUTS)
 @pytest.mark.parametrize(("dtype", "hidden"), [(torch.bfloat16, 40), (torch.float32, 28)], ids=str)
-def test_layouts(block: BlockOps, dtype: torch.dtype, hidden: int, layout: str) -> None:
-    gx, h0, c0, w_hh, _, _ = case(4, 3, hidden, 2, False).inputs(dtype)
-    y, h_n, c_n, gates, c = block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
-    saved = (gates, c, c0, w_hh, None, None, None)
-    dy = torch.ones_like(y)
-    want = block.lstm_recurrence_bwd(dy, None, None, None, None, *saved)
-
-    def other(x: Tensor) -> Tensor:
-        if layout == "batch first":
-            return x.transpose(0, 1).contiguous().transpose(0, 1)
-        if layout == "sliced":
-            return torch.cat([x, x.new_full(x.shape, float("nan"))], -1)[..., : x.shape[-1]]
-        flat = torch.nn.functional.pad(x.flatten(), (1, 0), value=float("nan"))
-        return flat[1:].view(x.shape)
-
-    if layout == "expanded":
-        dy = torch.ones((), dtype=dy.dtype).expand(dy.shape)
-    else:
-        gx, h0, c0, w_hh, dy, gates, c = map(other, (gx, h0, c0, w_hh, dy, gates, c))
-    got = block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
-    assert all(torch.equal(a, b) for a, b in zip(got[:3], (y, h_n, c_n), strict=True))
-    got = block.lstm_recurrence_bwd(dy, None, None, None, None, gates, c, c0, w_hh, None, None, None)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+def test_layouts(block: TierOps, dtype: torch.dtype, hidden: int, layout: str) -> None:
+    resident_cases.check_layout(block, case(4, 3, hidden, 2, False), dtype, layout)
 
 
-def test_what_inactive_rows_must_ignore_may_be_nan(block: BlockOps) -> None:
-    gx, h0, c0, w_hh, _, lengths = case(4, 3, 24, 2, True).inputs(torch.float16)
-    beyond = torch.arange(4)[:, None] >= lengths[None]
-    y, h_n, c_n, gates, c = block.lstm_recurrence(gx, h0, c0, w_hh, None, lengths, None, True)
-    saved = (c, c0, w_hh, None, lengths, None)
-    want = block.lstm_recurrence_bwd(y, h_n, c_n, gates, c, gates, *saved)
-    gx, dy, d_gates, dirty = (x.masked_fill(beyond[..., None], float("nan")) for x in (gx, y, gates, gates))
-    got = block.lstm_recurrence(gx, h0, c0, w_hh, None, lengths, None, True)
-    assert all(torch.equal(a, b) for a, b in zip(got, (y, h_n, c_n, gates, c), strict=True))
-    got = block.lstm_recurrence_bwd(dy, h_n, c_n, d_gates, c, dirty, *saved)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+def test_what_inactive_rows_must_ignore_may_be_nan(block: TierOps) -> None:
+    resident_cases.check_inactive_rows(block, case(4, 3, 24, 2, True), torch.float16)
 
 
 @pytest.mark.parametrize(("dtype", "passes"), KINDS, ids=str)
-def test_rows_do_not_touch_each_other(block: BlockOps, dtype: torch.dtype, passes: int) -> None:
-    """A row that is not a number stays alone in its tile."""
-    gx, h0, c0, w_hh, _, _ = case(3, 4, 24, 1, False).inputs(dtype)
+def test_rows_do_not_touch_each_other(block: TierOps, dtype: torch.dtype, passes: int) -> None:
     with passes_of_float32(passes):
-        want, *_ = block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
-        gx[0, 2] = float("nan")
-        got, *_ = block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, False)
-    assert got[:, 2].isnan().all()
-    others = [0, 1, 3]
-    assert torch.equal(got[:, others], want[:, others])
+        resident_cases.check_rows_apart(block, case(3, 4, 24, 1, False), dtype)
 
 
-@pytest.mark.parametrize("empty", ["batch", "hidden"])
-def test_nothing_to_do(block: BlockOps, empty: str) -> None:
-    gx, h0, c0, w_hh, _, _ = case(2, 0 if empty == "batch" else 3, 24, 1, False).inputs(torch.float16)
-    if empty == "hidden":
-        gx, h0, c0, w_hh = gx[..., :0], h0[..., :0], c0[..., :0], w_hh[:, :0, :0]
-    y, h_n, c_n, gates, c = block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
-    assert y.shape == (*gx.shape[:2], c0.shape[2])
-    dgx, dh0, dc0, _ = block.lstm_recurrence_bwd(
-        y, None, None, None, None, gates, c, c0, w_hh, None, None, None
-    )
-    assert (dgx.shape, dh0.shape, dc0.shape) == (gx.shape, h0.shape, c0.shape)
+def test_nothing_to_do(block: TierOps) -> None:
+    resident_cases.check_nothing_to_do(block, torch.float16)
 
 
-def test_sizes_are_those_of_the_header(block: BlockOps) -> None:
+def test_sizes_are_those_of_the_header(block: TierOps) -> None:
     header = (ROOT / "csrc" / "cuda" / "lstm_recurrence_block.h").read_text()
     classes = [int(x) for x in re.findall(r"X\((\d+)\)", header)]
     assert classes == sorted(classes)
