@@ -67,7 +67,7 @@ def test_grid_tier(direction: str, architecture: str) -> None:
 
 
 def cluster_classes() -> dict[int, tuple[int, ...]]:
-    """H -> (blocks of a cluster, parts of k, tiles of weights in registers for one tile of rows, and for two)."""
+    """H -> (blocks, parts of k, tiles of weights in registers: one tile of rows, two, not aligned)."""
     header = (ROOT / "csrc" / "cuda" / "lstm_recurrence_cluster.h").read_text()
     found = (map(int, text.split(", ")) for text in re.findall(r"X\((\d[^)]*)\)", header))
     return {hidden: tuple(others) for hidden, *others in found}
@@ -84,7 +84,7 @@ def test_cluster_tier(direction: str, architecture: str) -> None:
         hidden, tiles, aligned = map(int, re.search(r"ClassILi(\d+)\S*?EELi(\d)ELb(\d)E", name).groups())
         blocks, parts, *registers = cluster_classes()[hidden]
         weights = hidden // 8 // parts
-        held = min(weights, registers[0 if tiles == 1 and aligned else 1])
+        held = min(weights, registers[tiles - 1 if aligned else 2])
         loops = loops_around_mma(instructions(code))
         product, time = loops[0], loops[-1]
         rows_at_once = tiles if direction == "fwd" else 1

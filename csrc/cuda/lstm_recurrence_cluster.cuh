@@ -13,14 +13,16 @@ namespace fuseblock::lstm_cluster {
 
 using namespace lstm_recurrence;
 
-template <int H, int C, int P, int R1, int R2>
+template <int H, int C, int P, int R1, int R2, int R3>
 struct Class {
   static constexpr int kHidden = H, kCluster = C, kParts = P;
-  static constexpr int registers(int tiles, bool aligned) { return tiles == 1 && aligned ? R1 : R2; }
+  static constexpr int registers(int tiles, bool aligned) { return tiles == 2 ? R2 : aligned ? R1 : R3; }
   static constexpr int kUnits = H / C, kGroups = kUnits / kTileUnits;  // of a block
   static constexpr int kWarps = kGroups * kParts, kThreads = 32 * kWarps;
   static_assert(kGroups * kTileUnits * C == H);
 };
+
+inline constexpr size_t kMostSharedBytes = 227 * 1024;  // of a block, where there are clusters
 
 // Where a warp stands. The row tiles of a group are dealt to its parts in turns; a part owns at most kCells of them.
 template <class Class, int kTiles>
@@ -56,7 +58,7 @@ struct Arrivals {
   }
   // All threads that read what arrives; one thread of them also says what is to come.
   __device__ void wait(int step) const {
-    mbarrier_wait(&ready[step % 2], step / 2 % 2);
+    mbarrier_wait_cluster(&ready[step % 2], step / 2 % 2);  // stores of other blocks are released to the cluster
     if (threadIdx.x == 0) expect(step + 2);
   }
 

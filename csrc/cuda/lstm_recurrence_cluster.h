@@ -8,9 +8,10 @@ namespace fuseblock {
 
 // The sizes that the kernels are compiled for, and the only list of them; smaller H is padded with zero units up to the next.
 // H, blocks of a cluster, parts that warps split k into, tiles of weights that a warp keeps in registers (the others: in
-// shared memory) for one tile of 8 rows, and for two or where tensors are not aligned. More than 8 blocks are more than every
-// GPU with clusters promises.
-#define FB_LSTM_CLUSTER_CLASSES(X) X(256, 4, 1, 32, 32) X(384, 8, 2, 20, 16) X(512, 16, 2, 32, 32) X(640, 16, 2, 20, 10)
+// shared memory) for one tile of 8 rows, for two, and for one of a tensor that is not aligned. More than 8 blocks are more than
+// every GPU with clusters promises.
+#define FB_LSTM_CLUSTER_CLASSES(X) \
+  X(256, 4, 1, 32, 32, 32) X(384, 8, 2, 20, 16, 16) X(512, 16, 2, 32, 32, 32) X(640, 16, 2, 20, 16, 17)
 
 }  // namespace fuseblock
 

@@ -12,8 +12,10 @@ int run(const LstmBwd& op, int dtype, void* stream) {
   const bool one_tile = op.d_gates != nullptr || op.d_c != nullptr;
   return dispatch(op.shape, dtype, op.w_hh, aligned, one_tile,
                   [&]<class T, class Class, int kTiles, bool kAligned>(dim3 grid) {
+    constexpr size_t kBytes = BackwardMemory<T, Class, kTiles, kAligned>::bytes();
+    static_assert(kBytes <= kMostSharedBytes);
     return FB_LAUNCH_PLACED((lstm_cluster_bwd_kernel<T, Class, kTiles, kAligned, 1>), Placement{Class::kCluster}, grid,
-                            dim3(Class::kThreads), (BackwardMemory<T, Class, kTiles, kAligned>::bytes()), stream, op);
+                            dim3(Class::kThreads), kBytes, stream, op);
   });
 }
 

@@ -9,8 +9,10 @@ int run(const LstmFwd& op, int dtype, void* stream) {
     return op.shape.hidden % width == 0 && is_aligned(op.gx, width) && are_aligned({op.h0, op.y, op.gates});
   };
   return dispatch(op.shape, dtype, op.w_hh, aligned, false, [&]<class T, class Class, int kTiles, bool kAligned>(dim3 grid) {
+    constexpr size_t kBytes = ForwardMemory<T, Class, kTiles, kAligned>::bytes();
+    static_assert(kBytes <= kMostSharedBytes);
     return FB_LAUNCH_PLACED((lstm_cluster_fwd_kernel<T, Class, kTiles, kAligned, 1>), Placement{Class::kCluster}, grid,
-                            dim3(Class::kThreads), (ForwardMemory<T, Class, kTiles, kAligned>::bytes()), stream, op);
+                            dim3(Class::kThreads), kBytes, stream, op);
   });
 }
 
