@@ -100,7 +100,8 @@ def test_parity_of_every_size(
 
 #: Threads and blocks in any order, one block behind the others, what is sent arriving soon or late.
 @pytest.mark.parametrize(
-    ("hidden", "multiprocessors", "seeds"), [(40, 132, 12), (40, 1, 12), (260, 132, 2), (264, 1, 2)]
+    ("hidden", "multiprocessors", "seeds"),
+    [(24, 132, 1), (40, 132, 12), (40, 1, 12), (260, 132, 2), (264, 1, 2)],
 )
 def test_any_order(cluster: TierOps, hidden: int, multiprocessors: int, seeds: int) -> None:
     cluster.kernels.multiprocessors = multiprocessors
