@@ -94,9 +94,17 @@ struct PlacedLaunch {
   PlacedLaunch(const PlacedLaunch&) = delete;
 
   // Leave to use as much shared memory, and so large a cluster. Eight blocks are what every GPU with clusters has.
+  // Where leave is needed, it is for all that the device has: another thread may launch the same kernel with another size.
   static cudaError_t prepare(const void* kernel, const Placement& placement, size_t shared_bytes) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shared_bytes));
+    cudaFuncAttributes has{};
+    cudaError_t error = cudaFuncGetAttributes(&has, kernel);
+    if (error == cudaSuccess && shared_bytes > static_cast<size_t>(has.maxDynamicSharedSizeBytes)) {
+      int device = 0, most = 0;
+      cudaGetDevice(&device);
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   most - static_cast<int>(has.sharedSizeBytes));
+    }
     if (error == cudaSuccess && placement.cluster > 8) {
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     }

@@ -10,7 +10,13 @@
 namespace fuseblock {
 
 // exp(-x) overflows to infinity for very negative x, and 1 / infinity is the right 0; NaN stays NaN.
-FB_HD float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
+FB_HD float sigmoid(float x) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(1.f, 1.f + expf(-x));  // within 2 ulp, 0 beyond 2^126; the exact division branches, cell after cell
+#else
+  return 1.f / (1.f + expf(-x));
+#endif
+}
 FB_HD double sigmoid(double x) { return 1. / (1. + exp(-x)); }
 FB_HD float tanh_(float x) { return tanhf(x); }
 FB_HD double tanh_(double x) { return tanh(x); }

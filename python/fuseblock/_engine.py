@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _tables, dispatch
 from ._fused_layer import fused_layers
-from ._library import forward_mode_active, wants_gradient
+from ._library import forward_mode_active, plain_eager, wants_gradient
 from ._recompute import LayerWeights
 
 #: An allocation beyond this (the C library's largest threshold) is mapped afresh, page by page, on every call.
@@ -82,7 +82,7 @@ def choose_engine(
         return "aten", "backend 'aten' is forced"
     if reason is not None:
         return "ours", f"aten cannot: {reason}"
-    if not save_gates:
+    if not save_gates and plain_eager([input, h0, c0, *(x for w in weights for x in w)]):
         return "ours", "PyTorch's layer saves the gates"
     if _ALWAYS_OURS.get():
         return "ours", "it is being measured"

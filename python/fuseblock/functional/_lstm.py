@@ -143,8 +143,8 @@ def lstm(
         lengths, batch_sizes: ragged batches, as in `lstm_recurrence`.
         save_gates: False keeps less for backward, half or less of it: the gates (4H of the 6H numbers per row, step and
             direction that are kept beside the input) are computed again from y, by two GEMMs over all steps. In eager mode,
-            where the stack is one autograd node: compiled code, function transforms, autocast, dropout between layers and
-            ``batch_sizes`` on a GPU keep what their operators keep.
+            where the stack is one autograd node: compiled code, function transforms, autocast and dropout between layers
+            keep what their operators keep.
 
     Returns:
         output (T, B, D*P) or (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H), in the dtype of ``input`` (under autocast, in
@@ -177,7 +177,9 @@ def lstm(
             )
     if batch_sizes is not None and input.device.type != "cpu" and not dispatch.plain_pytorch():
         padded, lengths, positions = pad_rows(input, batch_sizes)
-        output, h_n, c_n = _ours(padded, h0, c0, weights, directions, dropout, lengths)
+        output, h_n, c_n = _ours_or_one_node(
+            padded, h0, c0, weights, directions, dropout, lengths, save_gates=save_gates
+        )
         return output.flatten(0, 1).index_select(0, positions), h_n, c_n
     return _ours_or_one_node(
         input, h0, c0, weights, directions, dropout, lengths, batch_sizes, save_gates=save_gates

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .._library import KERNEL_DTYPES
 from ..dispatch import Candidate
@@ -52,6 +53,8 @@ def _asked_once(resident: Callable[[torch.Tensor, bool], int]) -> Callable[[torc
     answers: dict[tuple[Any, ...], int] = {}
 
     def answer(w_hh: torch.Tensor, backward: bool) -> int:
+        if isinstance(w_hh, FakeTensor):
+            return 1  # there is no device to ask
         key = (w_hh.device, w_hh.dtype, w_hh.shape[-1], backward)
         if key not in answers:
             answers[key] = resident(w_hh, backward)

@@ -148,7 +148,8 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 def _padded(w_hh: Tensor) -> Tensor:
     """w_hh with rows of a multiple of 8 columns, at a multiple of 16 bytes."""
-    padded = pad(w_hh, (0, -w_hh.shape[2] % 8)).contiguous()
+    missing = -w_hh.shape[2] % 8
+    padded = (pad(w_hh, (0, missing)) if missing else w_hh).contiguous()
     return padded if padded.data_ptr() % 16 == 0 else padded.clone()
 
 
