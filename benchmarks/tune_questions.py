@@ -109,12 +109,15 @@ class Question:
     def settings(self) -> Iterator[None]:
         """PyTorch's switches for TF32, meanwhile."""
         matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = cudnn.allow_tf32, matmul.allow_tf32
-        _, cudnn.allow_tf32, matmul.allow_tf32 = PRECISIONS[self.precision]
-        try:
-            yield
-        finally:
-            cudnn.allow_tf32, matmul.allow_tf32 = before
+        _, of_cudnn, of_matmul = PRECISIONS[self.precision]
+        others = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+        before = matmul.allow_tf32
+        with cudnn.flags(**others, allow_tf32=of_cudnn):
+            matmul.allow_tf32 = of_matmul
+            try:
+                yield
+            finally:
+                matmul.allow_tf32 = before
 
     def key(self) -> dict[str, Any]:
         """What a table is asked; made by the functions that dispatch calls."""
