@@ -49,8 +49,9 @@ def limits() -> dict[str, Limit]:
     found: dict[str, Limit] = {f"cuda ({tier.name})": partial(_resident, tier) for tier in tiers}
     if importlib.util.find_spec("triton") is not None:
         found["triton (persistent)"] = _triton_persistent
-        found["triton (fused step)"] = lambda dtype, gpu: None
     found["cuda (per step)"] = lambda dtype, gpu: None
+    if "triton (persistent)" in found:
+        found["triton (fused step)"] = lambda dtype, gpu: None
     return found
 
 

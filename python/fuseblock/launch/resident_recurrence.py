@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .. import _tables
 from . import lstm_grid
 from .gpu import H200, Gpu, present
 
@@ -159,8 +160,7 @@ def passes(dtype: torch.dtype) -> int:
     One pass rounds operands to TF32 (10 bits of mantissa), three multiply their leading and their remaining digits: the
     error is that of float32. In 16 bit one pass is exact.
     """
-    # The older `allow_tf32` raises where a user has set `fp32_precision`; this one knows of both.
-    return 3 if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32" else 1
+    return 3 if dtype == torch.float32 and not _tables.tf32("matmul") else 1
 
 
 def _workspace(tier: Tier, w_hh: Tensor, c0: Tensor, backward: bool) -> Tensor | None:
