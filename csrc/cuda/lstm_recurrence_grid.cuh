@@ -47,7 +47,7 @@ struct Stage {
 };
 
 template <class T, int S>
-using Weights = ResidentTiles<2 * S, kTilesInRegisters>;
+using Weights = ResidentTiles<2 * S, tiles_in_registers(sizeof(T))>;
 
 // Some rows of the batch in one direction.
 struct Job {
@@ -93,25 +93,30 @@ __device__ __forceinline__ void publish(unsigned char* global, const Core<T>* st
   });
 }
 
-// Calls launch.operator()<T, passes, S>(plan) for this call's plan; cudaSuccess where there is nothing to do.
-template <class Launch>
-cudaError_t dispatch(const LstmShape& shape, int dtype, const void* w_hh, const void* workspace, int64_t workspace_bytes,
-                     bool backward, Launch launch) {
+// Calls launch.operator()<S>(plan) for this call's plan; cudaSuccess where there is nothing to do.
+template <class T, class Op, class Launch>
+cudaError_t dispatch(const Op& op, bool backward, Launch launch) {
+  const LstmShape& shape = op.shape;
   const bool valid = shape.steps > 0 && shape.steps <= INT32_MAX && shape.batch >= 0 && shape.hidden >= 0 &&
                      shape.hidden <= INT32_MAX && (shape.directions == 1 || shape.directions == 2);
-  if (!valid || !are_aligned({w_hh, workspace}) || (dtype != kFloat16 && dtype != kBFloat16)) return cudaErrorInvalidValue;
+  if (!valid || !are_aligned({op.w_hh, op.workspace})) return cudaErrorInvalidValue;
   if (shape.batch == 0 || shape.hidden == 0) return cudaSuccess;
-  const Plan plan = plan_of(shape, 2, backward);
+  const Plan plan = plan_of(shape, sizeof(T), backward);
   if (plan.jobs == 0) return cudaErrorCooperativeLaunchTooLarge;
-  if (plan.teams * plan.team_bytes > workspace_bytes) return cudaErrorInvalidValue;
-#define FB_LSTM_GRID_CASE(S)                                                                  \
-  if (plan.steps == S) {                                                                      \
-    return dtype == kFloat16 ? launch.template operator()<__half, 1, S>(plan)                 \
-                             : launch.template operator()<__nv_bfloat16, 1, S>(plan);         \
+  if (plan.teams * plan.team_bytes > op.workspace_bytes) return cudaErrorInvalidValue;
+#define FB_LSTM_GRID_CASE(S) \
+  if (plan.steps == S) return launch.template operator()<S>(plan);
+  if constexpr (std::is_same_v<T, float>) {
+    FB_LSTM_GRID_FLOAT32_CLASSES(FB_LSTM_GRID_CASE)
+  } else {
+    FB_LSTM_GRID_CLASSES(FB_LSTM_GRID_CASE)
   }
-  FB_LSTM_GRID_CLASSES(FB_LSTM_GRID_CASE)
 #undef FB_LSTM_GRID_CASE
   return cudaErrorInvalidValue;
 }
+
+// The float32 instances are in files of their own.
+cudaError_t run_float32(const LstmFwd& op, void* stream);
+cudaError_t run_float32(const LstmBwd& op, void* stream);
 
 }  // namespace fuseblock::lstm_grid

@@ -6,9 +6,10 @@
 
 namespace fuseblock {
 
-// What the kernels are compiled for, and the only list of it: half of the tiles of weights (16 x 32 bytes) of a warp. Any H
+// What the kernels are compiled for, and the only lists of it: half of the tiles of weights (16 x 32 bytes) of a warp. Any H
 // that some number of blocks can hold at so many runs: lstm_recurrence_grid_plan.h.
 #define FB_LSTM_GRID_CLASSES(X) X(2) X(4) X(6) X(8) X(12) X(16) X(24) X(28) X(32)
+#define FB_LSTM_GRID_FLOAT32_CLASSES(X) X(4) X(8) X(16) X(32)
 
 }  // namespace fuseblock
 

@@ -223,4 +223,16 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_bwd_kernel(const LstmBw
   }
 }
 
+template <class T, int kPasses>
+cudaError_t run(const LstmBwd& op, void* stream) {
+  constexpr int kWidth = kVectorWidth<T>;
+  if (!fits(op.dy)) return cudaErrorInvalidValue;
+  const bool aligned = op.shape.hidden % kWidth == 0 && is_aligned(op.dy, kWidth) && are_aligned({op.gates, op.dgx});
+  return dispatch<T>(op, true, [&]<int S>(const Plan& plan) {
+    const dim3 grid(static_cast<unsigned>(plan.teams * plan.blocks));
+    return FB_LAUNCH_COOPERATIVE((lstm_grid_bwd_kernel<T, kPasses, S>), grid, dim3(kThreads), plan.shared_bytes, stream, op,
+                                 plan, aligned);
+  });
+}
+
 }  // namespace fuseblock::lstm_grid

@@ -161,4 +161,16 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_fwd_kernel(const LstmFw
   }
 }
 
+template <class T, int kPasses>
+cudaError_t run(const LstmFwd& op, void* stream) {
+  constexpr int kWidth = kVectorWidth<T>;
+  if (!fits(op.gx)) return cudaErrorInvalidValue;
+  const bool aligned = op.shape.hidden % kWidth == 0 && is_aligned(op.gx, kWidth) && are_aligned({op.h0, op.y, op.gates});
+  return dispatch<T>(op, false, [&]<int S>(const Plan& plan) {
+    const dim3 grid(static_cast<unsigned>(plan.teams * plan.blocks));
+    return FB_LAUNCH_COOPERATIVE((lstm_grid_fwd_kernel<T, kPasses, S>), grid, dim3(kThreads), plan.shared_bytes, stream, op,
+                                 plan, aligned);
+  });
+}
+
 }  // namespace fuseblock::lstm_grid

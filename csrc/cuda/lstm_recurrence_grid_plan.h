@@ -1,6 +1,6 @@
 // How a launch of the grid tier spreads over the multiprocessors, one block on each.
 //
-//   steps      S, the class: a warp keeps 2 S tiles of weights, 16 rows x 32 bytes; the first 32 in registers
+//   steps      S, the class: a warp keeps 2 S tiles of weights, 16 rows x 32 bytes; the first 32 (float32: 28) in registers
 //   groups     G: a block owns the cells of G groups of 8 units, and its 8 warps hold 16 S tiles. So the forward pass, where they
 //              are 32 G gate rows x padded H, and the backward pass, 128 columns x gate rows, hold
 //                  padded H = 8 S k / G                     with k elements in 32 bytes: 16, or 8 of float32
@@ -18,9 +18,11 @@ namespace fuseblock::lstm_grid {
 
 inline constexpr int kWarps = 8, kThreads = 32 * kWarps;
 inline constexpr int kColumns = 16 * kWarps;   // units of h whose gradient a block sums over its gate rows
-inline constexpr int kTilesInRegisters = 32;   // 128 registers of each thread
 inline constexpr int kCounterBytes = 128;      // a line of L2
 inline constexpr int kStageTiles = 5;          // cell tiles that each warp has for itself in shared memory
+
+// Of a warp: 128 registers of each thread, or a few less where operands are split.
+constexpr int tiles_in_registers(int element) { return element == 4 ? 28 : 32; }
 
 struct Plan {
   int groups, steps, tiles;
@@ -34,7 +36,7 @@ inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // Weights, operands and stages; forward also the sums of warps.
 inline int shared_bytes(const Plan& x, int element, bool backward) {
-  const int weights = std::max(0, 2 * x.steps - kTilesInRegisters) * kWarps * 512;
+  const int weights = std::max(0, 2 * x.steps - tiles_in_registers(element)) * kWarps * 512;
   const int operand = backward ? 512 * x.steps : 2048 * x.steps / x.groups + 1024 * kWarps;
   return weights + x.tiles * operand + kWarps * kStageTiles * 64 * element;
 }
@@ -58,9 +60,15 @@ inline Plan plan_of(const LstmShape& shape, int element, bool backward) {
   for (const int groups : {1, 2, 4, 8}) {
     const int64_t wanted = ceil_div(shape.hidden, kColumns) * groups * 16 / k;
     int steps = 0;
-#define FB_LSTM_GRID_CLASS(S) \
-  if (steps == 0 && S >= wanted && S * k % (16 * groups) == 0) steps = S;
-    FB_LSTM_GRID_CLASSES(FB_LSTM_GRID_CLASS)
+    const auto offer = [&](int s) {
+      if (steps == 0 && s >= wanted && s * k % (16 * groups) == 0) steps = s;
+    };
+#define FB_LSTM_GRID_CLASS(S) offer(S);
+    if (element == 4) {
+      FB_LSTM_GRID_FLOAT32_CLASSES(FB_LSTM_GRID_CLASS)
+    } else {
+      FB_LSTM_GRID_CLASSES(FB_LSTM_GRID_CLASS)
+    }
 #undef FB_LSTM_GRID_CLASS
     if (steps == 0) continue;
     const int columns = steps * k / (16 * groups);

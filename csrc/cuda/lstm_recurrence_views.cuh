@@ -131,7 +131,7 @@ inline bool is_aligned(const Sequence& x, int piece) {
   return are_aligned({x.data}) && (x.data == nullptr || (x.step_stride % piece == 0 && x.row_stride % piece == 0));
 }
 
-// Whether the rows of a slice, at most 64, lie within 32-bit offsets.
-inline bool fits(const Sequence& x) { return x.row_stride >= 0 && x.row_stride < INT32_MAX / 64; }
+// Whether the rows of a slice, at most 64 of up to four bytes an element, lie within 32-bit offsets.
+inline bool fits(const Sequence& x) { return x.row_stride >= 0 && x.row_stride < INT32_MAX / 256; }
 
 }  // namespace fuseblock::lstm_recurrence

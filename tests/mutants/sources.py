@@ -150,6 +150,8 @@ SOURCES = [
     Source("csrc/cuda/lstm_recurrence_grid_fwd.cuh", "emulator", _GRID),
     Source("csrc/cuda/lstm_recurrence_grid_bwd.cuh", "emulator", _GRID),
     Source("csrc/cuda/lstm_recurrence_grid_plan.h", "emulator", _GRID),
+    Source("csrc/cuda/lstm_recurrence_grid_fwd_float32.cu", "emulator", _GRID),
+    Source("csrc/cuda/lstm_recurrence_grid_bwd_float32.cu", "emulator", _GRID),
     Source("python/fuseblock/launch/lstm_grid.py", "python", _GRID),
     Source("python/fuseblock/launch/resident_recurrence.py", "python", _BLOCK),
     Source("csrc/cuda/batch_norm_act.cuh", "emulator", _NORM_CUDA),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,6 +58,18 @@ def check_any_order(ops: TierOps, problem: LstmCase, dtype: torch.dtype, seeds: 
     for seed in seeds:
         ops.kernels.set_seed(seed)
         assert_equal(ops.both(inputs), want)
+
+
+@contextmanager
+def passes_of_float32(count: int) -> Iterator[None]:
+    """PyTorch may, with 1, or may not, with 3, round the operands of float32 products to TF32 meanwhile."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if count == 1 else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 LAYOUTS = ("batch first", "sliced", "shifted", "expanded")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..backends import available
 from ..emulator.build import ROOT
 from . import plain_lstm, resident_cases
 from .lstm_cases import LstmCase, check_backward, check_forward
-from .resident_cases import TierOps, case
+from .resident_cases import TierOps, case, passes_of_float32
 
 #: Dtypes with the passes of mma over operands.
 KINDS = [(torch.float16, 1), (torch.bfloat16, 1), (torch.float32, 1), (torch.float32, 3)]
@@ -29,18 +28,6 @@ BLOCK = resident_recurrence.TIERS["block"]
 BATCHES, HIDDENS, STEPS = (1, 3, 8, 17), (24, 40, 100, 128), (1, 2, 33)
 #: Instead of these H in float32: for aligned rows, of which some fill words of 16 bytes but not 8 columns, and for others.
 HIDDENS_FLOAT32 = {24: (28, 30), 40: (64, 45), 100: (92, 93), 128: (128, 126)}
-
-
-@contextmanager
-def passes_of_float32(count: int) -> Iterator[None]:
-    """PyTorch may, with 1, or may not, with 3, round the operands of float32 products to TF32 meanwhile."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if count == 1 else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def check(block: TierOps, problem: LstmCase, dtype: torch.dtype, passes: int) -> None:

@@ -13,10 +13,12 @@ import torch
 
 from .gpu import Gpu
 
-#: Half of a warp's tiles of weights, 512 bytes each; 32 of these tiles are in registers, the others in shared memory.
-CLASSES = (2, 4, 6, 8, 12, 16, 24, 28, 32)
+#: By the bytes of an element: half of a warp's tiles of weights, 512 bytes each, and how many of these are in registers;
+#: the others are in shared memory.
+CLASSES = {2: (2, 4, 6, 8, 12, 16, 24, 28, 32), 4: (4, 8, 16, 32)}
+_TILES_IN_REGISTERS = {2: 32, 4: 28}
 GROUPS = (1, 2, 4, 8)
-_WARPS, _TILES_IN_REGISTERS, _COUNTER = 8, 32, 128
+_WARPS, _COUNTER = 8, 128
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Team:
 
     Attributes:
         groups: of 8 units whose cells a block owns.
-        steps: the class, one of `CLASSES`.
+        steps: the class, one of `CLASSES` of its dtype.
         rows, columns: the blocks, as many row groups as column groups; forward has one row.
     """
 
@@ -41,7 +43,7 @@ class Team:
 
     def shared_bytes(self, tiles: int, itemsize: int, backward: bool) -> int:
         """Shared memory of a block that takes so many tiles of 8 rows at a time."""
-        weights = max(0, 2 * self.steps - _TILES_IN_REGISTERS) * _WARPS * 512
+        weights = max(0, 2 * self.steps - _TILES_IN_REGISTERS[itemsize]) * _WARPS * 512
         operand = 512 * self.steps if backward else 2048 * self.steps // self.groups + 1024 * _WARPS
         return weights + tiles * operand + _WARPS * 5 * 64 * itemsize
 
@@ -60,7 +62,8 @@ def teams(dtype: torch.dtype, hidden: int, backward: bool, gpu: Gpu) -> Iterator
     k = 32 // dtype.itemsize
     for groups in GROUPS:
         wanted = -(-hidden // 128) * groups * 16 // k
-        steps = next((s for s in CLASSES if s >= wanted and s * k % (16 * groups) == 0), None)
+        classes = CLASSES[dtype.itemsize]
+        steps = next((s for s in classes if s >= wanted and s * k % (16 * groups) == 0), None)
         if steps is None:
             continue
         columns = steps * k // (16 * groups)

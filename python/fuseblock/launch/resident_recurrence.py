@@ -24,7 +24,7 @@ from . import lstm_grid
 from .gpu import H200, Gpu, present
 
 #: Offsets within the rows of a slice of the batch have 32 bits in the kernels.
-_LARGEST_ROW_STRIDE = 2**31 // 64 - 1
+_LARGEST_ROW_STRIDE = 2**31 // 256 - 1
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ TIERS = {
     for tier in (
         Tier("block", (*_HALF, torch.float32), _largest_of_a_block),
         Tier("cluster", _HALF, lambda dtype, gpu: 640 if gpu.has_clusters else 0),
-        Tier("grid", _HALF, lstm_grid.largest_hidden, lstm_grid.workspace_bytes),
+        Tier("grid", (*_HALF, torch.float32), lstm_grid.largest_hidden, lstm_grid.workspace_bytes),
     )
 }
 
