@@ -137,7 +137,12 @@ def test_ending_the_script_ends_the_stage(number: signal.Signals, tmp_path: Path
         f"gpu.stop_as_by_ctrl_c(); stage = gpu.Stage('a', '', {'python -S -c ' + shlex.quote(work)!r}); "
         f"gpu.execute(stage, Path({str(tmp_path)!r}))"
     )
-    with subprocess.Popen([sys.executable, "-S", "-c", code], stderr=subprocess.DEVNULL) as process:
+
+    def hear() -> None:
+        signal.signal(number, signal.SIG_DFL)  # the tests themselves may run under nohup
+
+    command = [sys.executable, "-S", "-c", code]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=hear) as process:
         while not started.exists():
             time.sleep(0.02)
         process.send_signal(number)

@@ -183,6 +183,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             pass
 
 
+def _hear_ctrl_c() -> None:
+    """What a shell starts in the background ignores it, and so would a stage."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def execute(stage: Stage, out: Path, seconds: float = SECONDS) -> State:
     """Run a stage; what it prints goes to ``OUT/<stage>.log``."""
     begin = time.monotonic()
@@ -195,6 +200,7 @@ def execute(stage: Stage, out: Path, seconds: float = SECONDS) -> State:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_hear_ctrl_c,
         )
         try:
             code = process.wait(seconds)
