@@ -37,12 +37,6 @@ struct Warp : Lane {
   __device__ int tile(int cell) const { return cell * Class::kParts + part; }
 };
 
-// A warp's room in shared memory for tensors that pass through.
-template <class T>
-struct Stage {
-  Core<T> gates[kGates * kTileCores<T>], units[kTileCores<T>];
-};
-
 // The phases of two mbarriers in turns, each of which counts the bytes that a step brings: `count` steps, from 0 on.
 struct Arrivals {
   uint64_t* ready;  // [2]

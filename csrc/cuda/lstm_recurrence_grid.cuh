@@ -39,12 +39,7 @@ struct Place {
   }
 };
 
-// What a warp has for itself in shared memory: the gates of its cell tile, on their way in and out, and one value more.
-template <class T>
-struct Stage {
-  Core<T> gates[kGates * kTileCores<T>], cells[kTileCores<T>];
-  static_assert(kGates + 1 == kStageTiles);
-};
+static_assert(sizeof(Stage<float>) == kStageTiles * kTileUnits * kTileRows * sizeof(float));  // as the plan has it
 
 template <class T, int S>
 using Weights = ResidentTiles<2 * S, tiles_in_registers(sizeof(T))>;

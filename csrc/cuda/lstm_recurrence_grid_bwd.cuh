@@ -157,12 +157,12 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_bwd_kernel(const LstmBw
       const int t = slice.time(step);
       if (me.owns_cells) {
         arriving.put(stage.gates, me.lane);
-        if (has_dy) arriving_dy.put(stage.cells, me.lane);
+        if (has_dy) arriving_dy.put(stage.units, me.lane);
         if (step < last) collect(slice.time(step + 1));
         __syncwarp();
         const GateVecs<T, 2> s = get_gates(stage.gates, me.lane);
         Vec<T, 2> dy_own[1] = {zeros<T, 2>()};
-        if (has_dy) get_cells<1>(dy_own, stage.cells, me.lane);
+        if (has_dy) get_cells<1>(dy_own, stage.units, me.lane);
         GateVecs<T, 2> delta = zero_gates<T, 2>();
 #pragma unroll
         for (int r = 0; r < 2; ++r) {

@@ -129,10 +129,10 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_fwd_kernel(const LstmFw
           activated.set(r, s);
         }
         __syncwarp();
-        put_cells(stage.cells, h, me.lane);
+        put_cells(stage.units, h, me.lane);
         if (saves) put_gates(stage.gates, kTileCores<T>, activated, me.lane);
         __syncwarp();
-        publish<1>(exchange.h.step(done) + own_core * sizeof(Core<T>), stage.cells, me.lane);
+        publish<1>(exchange.h.step(done) + own_core * sizeof(Core<T>), stage.units, me.lane);
       }
       grid_arrive(exchange.arrived);
       ++done;
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_fwd_kernel(const LstmFw
       // While h is on its way to the others.
       if (me.owns_cells) {
         Pieces<T, 1>::each(me.lane, [&](int, int core, int row, int unit, int) {
-          const auto piece = t < slice.length(me.first_row + row) ? stage.cells[core].row[row] : zeros<T, kVectorWidth<T>>();
+          const auto piece = t < slice.length(me.first_row + row) ? stage.units[core].row[row] : zeros<T, kVectorWidth<T>>();
           store_piece(y, aligned, me.first_row + row, me.first_unit + unit, piece);
         });
         y.move(1);

@@ -33,6 +33,12 @@ FB_HD Vec<T, 2> pair(T x, T y) {
   return both;
 }
 
+// A cell tile's room in shared memory for tensors that pass through: its gates, on their way in and out, and one value more.
+template <class T>
+struct Stage {
+  Core<T> gates[kGates * kTileCores<T>], units[kTileCores<T>];
+};
+
 // What a lane owns of its warp's cell tile: what mma leaves in c[0], c[1] and in c[2], c[3].
 struct Lane {
   int index = threadIdx.x % 32;

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fuseblock
+from fuseblock import dispatch
 from fuseblock.launch import resident_recurrence
 
+from ..backends import available
 from ..emulator import load_recurrence
 from .lstm_cases import LstmCase
 
@@ -70,6 +73,28 @@ def passes_of_float32(count: int) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def launches(ops: TierOps, problem: LstmCase) -> list[tuple[int, ...]]:
+    """`last_launch` of a forward pass, of backward, and of backward with each gradient that second derivatives bring."""
+    gx, h0, c0, w_hh, *_ = problem.inputs(torch.float16)
+    y, _, _, gates, c = ops.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
+    found = [ops.kernels.last_launch()]
+    for d_gates, d_c in ((None, None), (gates, None), (None, c)):
+        ops.lstm_recurrence_bwd(y, None, None, d_gates, d_c, gates, c, c0, w_hh, None, None, None)
+        found.append(ops.kernels.last_launch())
+    return found
+
+
+def check_declined(variant: str, problem: LstmCase, dtype: torch.dtype, reason: str) -> str:
+    """A tier says why it does not run a call. Returns who does."""
+    args = (*problem.inputs(dtype), None, True)
+    with available("cuda"), fuseblock.backend("cuda"):
+        explanation = dict(fuseblock.explain("lstm_recurrence", *args).reasons)
+        assert reason in str(explanation[f"cuda ({variant})"])
+        chosen = dispatch.choose("lstm_recurrence", args).variant
+    assert chosen != variant
+    return chosen
 
 
 LAYOUTS = ("batch first", "sliced", "shifted", "expanded")

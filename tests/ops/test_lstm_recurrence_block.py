@@ -163,15 +163,9 @@ def test_blocks(block: TierOps) -> None:
         (1, 104, 16, 1, (1, 1, 256), (2, 1, 256)),
     ]:
         block.kernels.multiprocessors = multiprocessors
-        gx, h0, c0, w_hh, _, _ = case(1, batch, hidden, directions, False).inputs(torch.float16)
-        y, _, _, gates, c = block.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
-        assert block.kernels.last_launch() == forward
-        saved = (gates, c, c0, w_hh, None, None, None)
-        block.lstm_recurrence_bwd(y, None, None, None, None, *saved)
-        assert block.kernels.last_launch() == backward
-        for d_gates, d_c in ((gates, None), (None, c)):
-            block.lstm_recurrence_bwd(y, None, None, d_gates, d_c, *saved)
-            assert block.kernels.last_launch()[0] == -(-batch // 8)
+        found = resident_cases.launches(block, case(1, batch, hidden, directions, False))
+        assert found[:2] == [forward, backward]
+        assert [blocks for blocks, *_ in found[2:]] == 2 * [-(-batch // 8)]
 
 
 @pytest.mark.parametrize("layout", resident_cases.LAYOUTS)
@@ -220,12 +214,7 @@ DECLINED = {
 
 @pytest.mark.parametrize("kind", DECLINED)
 def test_declined_calls_run_elsewhere_and_say_why(kind: str) -> None:
-    problem, dtype, reason = DECLINED[kind]
-    args = (*problem.inputs(dtype), None, True)
-    with available("cuda"), fuseblock.backend("cuda"):
-        explanation = dict(fuseblock.explain("lstm_recurrence", *args).reasons)
-        assert reason in str(explanation["cuda (block)"])
-        assert dispatch.choose("lstm_recurrence", args).variant != "block"
+    resident_cases.check_declined("block", *DECLINED[kind])
 
 
 def test_chosen_before_per_step_but_not_for_second_derivatives() -> None:

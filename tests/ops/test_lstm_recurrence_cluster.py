@@ -126,15 +126,9 @@ def test_clusters_and_their_rows(cluster: TierOps) -> None:
         (15, 264, 16, 1, (8, 1, 384), (8, 1, 384)),
     ]:
         cluster.kernels.multiprocessors = multiprocessors
-        gx, h0, c0, w_hh, _, _ = case(1, batch, hidden, directions, False).inputs(torch.float16)
-        y, _, _, gates, c = cluster.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
-        assert cluster.kernels.last_launch() == forward
-        saved = (gates, c, c0, w_hh, None, None, None)
-        cluster.lstm_recurrence_bwd(y, None, None, None, None, *saved)
-        assert cluster.kernels.last_launch() == backward
-        for d_gates, d_c in ((gates, None), (None, c)):
-            cluster.lstm_recurrence_bwd(y, None, None, d_gates, d_c, *saved)
-            assert cluster.kernels.last_launch()[0] == -(-batch // 8) * (4 if hidden <= 256 else 8)
+        found = resident_cases.launches(cluster, case(1, batch, hidden, directions, False))
+        assert found[:2] == [forward, backward]
+        assert [blocks for blocks, *_ in found[2:]] == 2 * [-(-batch // 8) * (4 if hidden <= 256 else 8)]
 
 
 @pytest.mark.parametrize("layout", resident_cases.LAYOUTS)
@@ -216,12 +210,7 @@ DECLINED = {
 
 @pytest.mark.parametrize("kind", DECLINED)
 def test_declined_calls_run_elsewhere_and_say_why(kind: str) -> None:
-    problem, dtype, reason = DECLINED[kind]
-    args = (*problem.inputs(dtype), None, True)
-    with available("cuda"), fuseblock.backend("cuda"):
-        explanation = dict(fuseblock.explain("lstm_recurrence", *args).reasons)
-        assert reason in str(explanation["cuda (cluster)"])
-        assert dispatch.choose("lstm_recurrence", args).variant != "cluster"
+    resident_cases.check_declined("cluster", *DECLINED[kind])
 
 
 def test_chosen_above_the_block_tier() -> None:

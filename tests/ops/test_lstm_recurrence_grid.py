@@ -24,6 +24,7 @@ from .resident_cases import (
     TierOps,
     case,
     check_any_order,
+    check_declined,
     check_inactive_rows,
     check_layout,
     check_nothing_to_do,
@@ -305,11 +306,7 @@ DECLINED = {
 def test_declined_calls_run_per_step_and_say_why(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, dtype, gpu, reason = DECLINED[kind]
     monkeypatch.setattr(resident_recurrence, "gpu_of", lambda x: gpu)
-    args = (*problem.inputs(dtype), None, True)
-    with available("cuda"), fuseblock.backend("cuda"):
-        explanation = dict(fuseblock.explain("lstm_recurrence", *args).reasons)
-        assert reason in str(explanation["cuda (grid)"])
-        assert dispatch.choose("lstm_recurrence", args).variant == "per step"
+    assert check_declined("grid", problem, dtype, reason) == "per step"
 
 
 def test_chosen_where_a_block_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
