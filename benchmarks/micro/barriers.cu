@@ -6,6 +6,10 @@
 #include "cuda/cluster.h"
 #include "micro.cuh"
 
+#if !defined(FUSEBLOCK_EMULATE_CUDA)  // the emulator brings its own
+#include <cooperative_groups.h>
+#endif
+
 namespace fuseblock::micro {
 
 // Values pass from shared memory to shared memory.

@@ -42,7 +42,6 @@ inline constexpr bool kHasClusters = true;
 
 #else
 
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

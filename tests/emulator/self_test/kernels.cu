@@ -4,6 +4,10 @@
 #include "cuda/mma.h"
 #include "kernels.h"
 
+#if !defined(FUSEBLOCK_EMULATE_CUDA)  // the emulator brings its own
+#include <cooperative_groups.h>
+#endif
+
 namespace cg = cooperative_groups;
 
 namespace {
