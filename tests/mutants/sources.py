@@ -195,6 +195,7 @@ SOURCES = [
     Source("csrc/cpu/upfirdn2d.cpp", "cpu", _IMAGES_CPU),
     Source("csrc/cuda/upfirdn2d.cuh", "emulator", _IMAGES_CUDA),
     Source("csrc/cuda/upfirdn2d.cu", "emulator", _IMAGES_CUDA),
+    Source("kernels/upfirdn2d.py", "triton", (_selected("triton", _IMAGES),)),
     Source(
         "python/fuseblock/reference/upfirdn2d.py", "python", (_selected("reference or opcheck", _IMAGES),)
     ),

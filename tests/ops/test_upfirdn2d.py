@@ -14,14 +14,14 @@ from torch.autograd import grad
 import fuseblock
 from fuseblock import functional
 
-from ..backends import _ON_GPU, Forced, available
+from ..backends import NAMES, Forced, available
 from .bounds import error_ratio, poisoned_outputs, relative_error, state_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = {"rows": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-@pytest.fixture(params=["reference", "cpu", pytest.param("cuda", marks=_ON_GPU)])
+@pytest.fixture(params=NAMES)
 def forced(request: pytest.FixtureRequest) -> Iterator[Forced]:
     with available(request.param) as operators:
         yield operators
@@ -130,6 +130,23 @@ def test_parts_of_large_images_on_a_cpu(shape: tuple[int, ...], taps: int) -> No
             for up, down in ((1, 1), (2, 1), (1, 2), (3, 1), (1, 3)):
                 got, want = (run(cpu, x, f, up, down, taps), by_definition(x, f, up, down, taps))
                 torch.testing.assert_close(got, want, rtol=0, atol=1e-12 * taps**2)
+
+
+@pytest.mark.parametrize("case", ["blur", "up, odd padding", "down", "both factors", "many channels"])
+def test_triton_in_small_blocks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs per launch in both dimensions, the last ones ragged."""
+    from fuseblock.launch import triton_upfirdn2d
+
+    shape, taps, up, down, padding = CASES[case]
+    f = torch.randn(taps, dtype=torch.float64)
+    with available("triton") as triton:
+        monkeypatch.setattr(triton_upfirdn2d, "_blocks", lambda places, channels: (16, min(channels, 2)))
+        for layout in LAYOUTS.values():
+            x = torch.randn(*shape[:1], min(shape[1], 5), *shape[2:], dtype=torch.float64)
+            x = x.contiguous(memory_format=layout)
+            with poisoned_outputs():
+                got = run(triton, x, f, up, down, padding)
+            torch.testing.assert_close(got, by_definition(x, f, up, down, padding), rtol=0, atol=1e-13)
 
 
 def test_threads_do_not_change_a_bit() -> None:

@@ -23,6 +23,7 @@ dispatch.register(
     "upfirdn2d",
     _candidates.compiled("cpu", "upfirdn2d"),
     _candidates.compiled("cuda", "upfirdn2d"),
+    *_candidates.triton("upfirdn2d", "triton_upfirdn2d"),
     _candidates.reference(reference.upfirdn2d_reference),
 )
 
