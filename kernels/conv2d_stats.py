@@ -1,38 +1,58 @@
-"""Convolution of few channels with the batch statistics of its result, and their reduction.
+"""Convolution with its neighbours in a block: a norm's pass before it, an activation or a norm's statistics behind it.
 
-y[p, o] = bias[o] + sum_{i, j, c} x[pixel(p, i, j), c] w[i, j, c, o];  mean[o], var[o] of y over all p (biased)
+a = act_before(scale[c] x + shift[c]), or x;  y = act(z), z[p, o] = bias[o] + sum_{i,j,c} a[pixel(p,i,j), c] w[i, j, c, o]
+mean[o], var[o] of y over all p (biased). Zeros around the image are zeros of a. With groups, c and o are of one group.
 An implicit matrix product: rows p are output pixels, the inner dimension is the channels, one tap after the other in nested
-static loops (a single flattened loop over taps and channels miscompiles with 8 warps). Accumulates in float32 (float64).
-Statistics are of y as it is stored, without reading it again: each program writes mean and sum of squared deviations of its
-pixels, a second kernel combines them in a fixed order. The pass over y that a batch norm would make for them is saved.
-Bytes: x read once a tap (from cache), w once a block of pixels, y written once. Small channel counts only: see the launcher.
-Source of the combination: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for sample variances" (1979).
+static loops (a single flattened loop over taps and channels miscompiles with 8 warps); of few channels, a row of taps.
+Accumulates in float32 (float64); a is rounded to x's dtype. Statistics are of y as it is stored: programs write mean and sum
+of squared deviations of their pixels, a second kernel combines them in a fixed order (Chan, Golub, LeVeque 1979).
+Bytes: x once (read once a tap, but for the first time from cache), w once, y once, partials 8 / BLOCK_M a value of y. Saved:
+by the prologue a pass that reads and writes x, by the activation the same of y, by the statistics one that reads y.
 """
 
 import triton
 import triton.language as tl
 
+from .pointwise import act
+
 
 @triton.jit
-def store_partial(ptr, row, rows, col, channels, mean, m2):
+def normalised(
+    x, mask, c, valid, scale_ptr, shift_ptr, DTYPE: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr
+):
+    """Of a tile (pixels, channels c): act(scale x + shift) in x's own dtype, zero where masked; x without scale_ptr."""
+    if scale_ptr is None:
+        return x
+    else:
+        scale = tl.load(scale_ptr + c, mask=valid, other=0.0).to(DTYPE)[None, :]
+        shift = tl.load(shift_ptr + c, mask=valid, other=0.0).to(DTYPE)[None, :]
+        a = act(x.to(DTYPE) * scale + shift, SLOPE, ACT)
+        return tl.where(mask, a, 0.0).to(x.dtype)
+
+
+@triton.jit
+def store_partial(ptr, row, rows, o, valid, channels, mean, m2):
     """Write mean and squared deviations of one program to row `row` of ptr (2, rows, channels)."""
-    offset = row.to(tl.int64) * channels + col
-    tl.store(ptr + offset, mean, mask=col < channels)
-    tl.store(ptr + rows.to(tl.int64) * channels + offset, m2, mask=col < channels)
+    offset = row.to(tl.int64) * channels + o
+    tl.store(ptr + offset, mean, mask=valid)
+    tl.store(ptr + rows.to(tl.int64) * channels + offset, m2, mask=valid)
 
 
 @triton.jit
 def conv2d_stats_fwd_kernel(
     x_ptr,  # (N, C, H, W), contiguous or channels-last
-    w_ptr,  # (KH, KW, C, O) contiguous
+    w_ptr,  # (KH, KW, C / groups, O) contiguous
     bias_ptr,  # (O,) or None
+    scale_ptr,  # (C,) or None: no prologue
+    shift_ptr,  # (C,) or None
     y_ptr,  # out (N, O, OH, OW), layout of x
-    partial_ptr,  # out (2, blocks of pixels, O): mean, squared deviations
+    partial_ptr,  # out (2, blocks of pixels, O): mean, squared deviations; or None: no statistics
     pixels,  # N * OH * OW
-    channels,
+    groups,
+    channels,  # of a group, C / groups
     height,
     width,
-    out_channels,
+    out_channels,  # of a group, O / groups
     out_height,
     out_width,
     stride_y,
@@ -41,17 +61,24 @@ def conv2d_stats_fwd_kernel(
     pad_x,
     KH: tl.constexpr,
     KW: tl.constexpr,
+    ROW: tl.constexpr,  # whether BLOCK_K holds a row of taps
     CHANNELS_LAST: tl.constexpr,
     DTYPE: tl.constexpr,  # of accumulators and statistics
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
+    ACT_BEFORE: tl.constexpr,
+    SLOPE_BEFORE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One block of pixels x output channels."""
-    block = tl.program_id(0)
+    """One block of pixels x output channels of one group; programs of one block of pixels are neighbours."""
+    columns = groups * tl.cdiv(out_channels, BLOCK_N)
+    block, group = tl.program_id(0) // columns, tl.program_id(0) % columns // tl.cdiv(out_channels, BLOCK_N)
     p = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    o = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    of_group = tl.program_id(0) % tl.cdiv(out_channels, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o, is_o = group * out_channels + of_group, of_group < out_channels
     k = tl.arange(0, BLOCK_K)
     image = p // (out_height * out_width)
     place = p % (out_height * out_width)
@@ -59,41 +86,55 @@ def conv2d_stats_fwd_kernel(
     column = place % out_width * stride_x - pad_x
     inside = p < pixels
 
+    all_channels, all_out = groups * channels, groups * out_channels
     step = 1 if CHANNELS_LAST else height * width  # from channel to channel
-    pixel = channels if CHANNELS_LAST else 1  # from pixel to pixel
-    images = image.to(tl.int64) * channels * height * width
+    pixel = all_channels if CHANNELS_LAST else 1  # from pixel to pixel
+    images = image.to(tl.int64) * all_channels * height * width
     acc = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
     for i in tl.static_range(KH):
-        for j in tl.static_range(KW):
-            hit = inside & (row + i >= 0) & (row + i < height) & (column + j >= 0) & (column + j < width)
+        hit_row = inside & (row + i >= 0) & (row + i < height)
+        for j in tl.static_range(1 if ROW else KW):
+            hit = hit_row & (column + j >= 0) & (column + j < width)
             x_row = x_ptr + images + ((row + i) * width + column + j) * pixel
-            w_tap = w_ptr + (i * KW + j) * channels * out_channels
+            w_tap = w_ptr + (i * KW + j) * channels * all_out
             for first in range(0, channels, BLOCK_K):
-                c = first + k
-                mask = hit[:, None] & (c < channels)[None, :]
-                x = tl.load(x_row[:, None] + (c * step)[None, :], mask=mask, other=0.0)
+                if ROW:
+                    c, tap, is_k = k % channels, k // channels, k < KW * channels
+                    there = column[:, None] + tap[None, :]
+                    mask = hit_row[:, None] & (there >= 0) & (there < width) & is_k[None, :]
+                    x_ptrs = x_row[:, None] + (tap * pixel + (group * channels + c) * step)[None, :]
+                else:
+                    c = first + k
+                    is_k = c < channels
+                    mask = hit[:, None] & is_k[None, :]
+                    x_ptrs = x_row[:, None] + ((group * channels + c) * step)[None, :]
+                x = tl.load(x_ptrs, mask=mask, other=0.0)
+                x = normalised(
+                    x, mask, group * channels + c, is_k, scale_ptr, shift_ptr, DTYPE, ACT_BEFORE, SLOPE_BEFORE
+                )
                 w = tl.load(
-                    w_tap + c[:, None] * out_channels + o[None, :],
-                    mask=(c < channels)[:, None] & (o < out_channels)[None, :],
+                    w_tap + (first + k)[:, None] * all_out + o[None, :],
+                    mask=is_k[:, None] & is_o[None, :],
                     other=0.0,
                 )
                 acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=DTYPE)
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + o, mask=o < out_channels, other=0.0).to(DTYPE)[None, :]
+        acc += tl.load(bias_ptr + o, mask=is_o, other=0.0).to(DTYPE)[None, :]
 
-    y = acc.to(y_ptr.dtype.element_ty)
-    outputs = image.to(tl.int64) * out_channels * out_height * out_width
+    y = act(acc, SLOPE, ACT).to(y_ptr.dtype.element_ty)
+    outputs = image.to(tl.int64) * all_out * out_height * out_width
     if CHANNELS_LAST:
-        y_ptrs = y_ptr + (outputs + place * out_channels)[:, None] + o[None, :]
+        y_ptrs = y_ptr + (outputs + place * all_out)[:, None] + o[None, :]
     else:
         y_ptrs = y_ptr + (outputs + place)[:, None] + (o * out_height * out_width)[None, :]
-    tl.store(y_ptrs, y, mask=inside[:, None] & (o < out_channels)[None, :])
+    tl.store(y_ptrs, y, mask=inside[:, None] & is_o[None, :])
 
-    stored = tl.where(inside[:, None], y.to(DTYPE), 0.0)
-    mean = tl.sum(stored, 0) / tl.minimum(pixels - block * BLOCK_M, BLOCK_M).to(DTYPE)
-    deviation = tl.where(inside[:, None], stored - mean[None, :], 0.0)
-    m2 = tl.sum(deviation * deviation, 0)
-    store_partial(partial_ptr, block, tl.num_programs(0), o, out_channels, mean, m2)
+    if partial_ptr is not None:
+        stored = tl.where(inside[:, None], y.to(DTYPE), 0.0)
+        mean = tl.sum(stored, 0) / tl.minimum(pixels - block * BLOCK_M, BLOCK_M).to(DTYPE)
+        deviation = tl.where(inside[:, None], stored - mean[None, :], 0.0)
+        m2 = tl.sum(deviation * deviation, 0)
+        store_partial(partial_ptr, block, tl.cdiv(pixels, BLOCK_M), o, is_o, all_out, mean, m2)
 
 
 @triton.jit

@@ -1,30 +1,18 @@
-"""Transposed convolution of kernel 4, stride 2, padding 1 as four 2 x 2 convolutions, with the statistics of its result.
+"""Transposed convolution of kernel 4, stride 2, padding 1 as four 2 x 2 convolutions, with what stands around it in a block.
 
 y[2i + a, 2j + b, o] = bias[o] + sum over rows (i, tap 1 + a), (i - 1 + 2a, tap 3 - 3a) and columns (j, tap 1 + b),
 (j - 1 + 2b, tap 3 - 3b), and over channels c, of x[row, column, c] w[tap of the row, tap of the column, c, o]
 No zeros are inserted and nothing is scattered: a quarter of the products of a convolution on the upsampled image. A program
 does the two columns b of one a, for a block of pixels (i, j) and of output channels: the middle column is read for both.
-Accumulators, statistics and their combination: see conv2d_stats. x is read from cache, y is written once.
+Prologue (x stands for a), activation, accumulators, statistics and their combination: see conv2d_stats.
+Bytes: x once (it is read six times, but for the first time from cache), w once, y once, partials 4 / BLOCK_M a value of y.
 """
 
 import triton
 import triton.language as tl
 
-from .conv2d_stats import store_partial
-
-
-@triton.jit
-def _pixels(row_ptrs, column, width, pixel, hit, c, step, channels):
-    """Channels c of one pixel for each pointer to a row: (BLOCK_M, BLOCK_K)."""
-    mask = (hit & (column >= 0) & (column < width))[:, None] & (c < channels)[None, :]
-    return tl.load((row_ptrs + column * pixel)[:, None] + (c * step)[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _weights(tap_ptr, c, channels, o, out_channels):
-    """One tap's (BLOCK_K, BLOCK_N)."""
-    mask = (c < channels)[:, None] & (o < out_channels)[None, :]
-    return tl.load(tap_ptr + c[:, None] * out_channels + o[None, :], mask=mask, other=0.0)
+from .conv2d_stats import normalised, store_partial
+from .pointwise import act
 
 
 @triton.jit
@@ -32,8 +20,10 @@ def conv_transpose2d_subpixel_fwd_kernel(
     x_ptr,  # (N, C, H, W), contiguous or channels-last
     w_ptr,  # (4, 4, C, O) contiguous
     bias_ptr,  # (O,) or None
+    scale_ptr,  # (C,) or None: no prologue
+    shift_ptr,  # (C,) or None
     y_ptr,  # out (N, O, 2H, 2W), layout of x
-    partial_ptr,  # out (2, 2 * blocks of pixels, O): mean, squared deviations; rows a * blocks + block
+    partial_ptr,  # out (2, 2 * blocks of pixels, O): mean, squared deviations; rows a * blocks + block; None: no statistics
     pixels,  # N * H * W
     channels,
     height,
@@ -42,6 +32,10 @@ def conv_transpose2d_subpixel_fwd_kernel(
     CHANNELS_LAST: tl.constexpr,
     DTYPE: tl.constexpr,  # of accumulators and statistics
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
+    ACT_BEFORE: tl.constexpr,
+    SLOPE_BEFORE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -68,23 +62,28 @@ def conv_transpose2d_subpixel_fwd_kernel(
         x_row = images + row * width * pixel
         for first in range(0, channels, BLOCK_K):
             c = first + k
-            middle = _pixels(x_row, j, width, pixel, hit, c, step, channels)
-            w = _weights(w_row + tap, c, channels, o, out_channels)
-            even = tl.dot(middle, w, even, input_precision=PRECISION, out_dtype=DTYPE)
-            w = _weights(w_row + 2 * tap, c, channels, o, out_channels)
-            odd = tl.dot(middle, w, odd, input_precision=PRECISION, out_dtype=DTYPE)
-            left = _pixels(x_row, j - 1, width, pixel, hit, c, step, channels)
-            w = _weights(w_row + 3 * tap, c, channels, o, out_channels)
-            even = tl.dot(left, w, even, input_precision=PRECISION, out_dtype=DTYPE)
-            right = _pixels(x_row, j + 1, width, pixel, hit, c, step, channels)
-            w = _weights(w_row, c, channels, o, out_channels)
-            odd = tl.dot(right, w, odd, input_precision=PRECISION, out_dtype=DTYPE)
+            for side in tl.static_range(-1, 2):
+                there = j + side
+                mask = (hit & (there >= 0) & (there < width))[:, None] & (c < channels)[None, :]
+                x = tl.load((x_row + there * pixel)[:, None] + (c * step)[None, :], mask=mask, other=0.0)
+                x = normalised(
+                    x, mask, c, c < channels, scale_ptr, shift_ptr, DTYPE, ACT_BEFORE, SLOPE_BEFORE
+                )
+                w_ptrs = w_row + c[:, None] * out_channels + o[None, :]
+                is_w = (c < channels)[:, None] & (o < out_channels)[None, :]
+                if side <= 0:
+                    w = tl.load(w_ptrs + (1 - 2 * side) * tap, mask=is_w, other=0.0)
+                    even = tl.dot(x, w, even, input_precision=PRECISION, out_dtype=DTYPE)
+                if side >= 0:
+                    w = tl.load(w_ptrs + (2 - 2 * side) * tap, mask=is_w, other=0.0)
+                    odd = tl.dot(x, w, odd, input_precision=PRECISION, out_dtype=DTYPE)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + o, mask=o < out_channels, other=0.0).to(DTYPE)
         even += bias[None, :]
         odd += bias[None, :]
 
-    even_y, odd_y = even.to(y_ptr.dtype.element_ty), odd.to(y_ptr.dtype.element_ty)
+    even_y = act(even, SLOPE, ACT).to(y_ptr.dtype.element_ty)
+    odd_y = act(odd, SLOPE, ACT).to(y_ptr.dtype.element_ty)
     outputs = image.to(tl.int64) * out_channels * height * width * 4
     place = (2 * i + a) * 2 * width + 2 * j
     mask = inside[:, None] & (o < out_channels)[None, :]
@@ -100,11 +99,14 @@ def conv_transpose2d_subpixel_fwd_kernel(
         y_ptrs = y_ptr + (o * (4 * height * width))[:, None] + pair[None, :]
         tl.store(y_ptrs, both, mask=(o < out_channels)[:, None] & there[None, :])
 
-    even = tl.where(inside[:, None], even_y.to(DTYPE), 0.0)
-    odd = tl.where(inside[:, None], odd_y.to(DTYPE), 0.0)
-    mean = tl.sum(even + odd, 0) / (2 * tl.minimum(pixels - block * BLOCK_M, BLOCK_M)).to(DTYPE)
-    even = tl.where(inside[:, None], even - mean[None, :], 0.0)
-    odd = tl.where(inside[:, None], odd - mean[None, :], 0.0)
-    m2 = tl.sum(even * even + odd * odd, 0)
-    blocks = tl.num_programs(0)
-    store_partial(partial_ptr, a * blocks + block, 2 * blocks, o, out_channels, mean, m2)
+    if partial_ptr is not None:
+        even = tl.where(inside[:, None], even_y.to(DTYPE), 0.0)
+        odd = tl.where(inside[:, None], odd_y.to(DTYPE), 0.0)
+        mean = tl.sum(even + odd, 0) / (2 * tl.minimum(pixels - block * BLOCK_M, BLOCK_M)).to(DTYPE)
+        even = tl.where(inside[:, None], even - mean[None, :], 0.0)
+        odd = tl.where(inside[:, None], odd - mean[None, :], 0.0)
+        m2 = tl.sum(even * even + odd * odd, 0)
+        blocks = tl.num_programs(0)
+        store_partial(
+            partial_ptr, a * blocks + block, 2 * blocks, o, o < out_channels, out_channels, mean, m2
+        )

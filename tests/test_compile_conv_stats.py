@@ -1,4 +1,4 @@
-"""The Triton convolutions with statistics compile for GPUs without spilling, and their products run on tensor cores.
+"""The Triton convolutions compile for GPUs without spilling, and their products run on tensor cores.
 
 No GPU is needed. The compilers run in subprocesses without the interpreter, see triton_aot.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,26 @@ pytest.importorskip("triton")
 
 from fuseblock.kernels import conv2d_stats, conv_transpose2d_subpixel
 
-from fuseblock.launch.triton_conv_stats import COMBINE_BLOCKS, gpu_blocks
+from fuseblock._activations import number
+from fuseblock.launch.triton_conv_stats import COMBINE_BLOCKS, gpu_blocks, steps_by_row
 
 from .test_compile_triton import ARCHITECTURES, STATE, TRITON_NAME, _compile
 from .triton_aot import SHARED_LIMIT
 
-#: Sizes that are multiples of 16 where channels are.
-CHANNELS = {"channels", "out_channels"}
-
 
 def _job(
-    module: Any, kernel: str, arch: int, types: dict[str, str], options: dict[str, int], **constants: Any
+    module: Any,
+    kernel: str,
+    arch: int,
+    types: dict[str, str],
+    options: dict[str, int],
+    whole: set[str],
+    **constants: Any,
 ) -> dict[str, Any]:
     signature: dict[str, str] = {}
     for name in getattr(module, kernel).arg_names:
         signature[name] = "constexpr" if name in constants else types.get(name, "i32")
-    divisible = [n for n, t in signature.items() if t.startswith("*") or n in CHANNELS]
+    divisible = [n for n, t in signature.items() if t.startswith("*") or n in whole]
     shown = " ".join(f"{k}={v}" for k, v in constants.items())
     return {
         "name": f"{kernel} sm_{arch} {shown}",
@@ -46,41 +51,73 @@ def _job(
     }
 
 
+@dataclass(frozen=True)
+class Around:
+    """What a convolution runs along with itself, of how many channels."""
+
+    statistics: bool = True
+    before: str | None = None
+    activation: str = "identity"
+    bias: bool = True
+    channels: int = 64
+    out_channels: int = 64
+
+    def constants(self) -> dict[str, Any]:
+        absent = {"bias_ptr": self.bias, "partial_ptr": self.statistics}
+        absent |= dict.fromkeys(("scale_ptr", "shift_ptr"), self.before is not None)
+        numbers = {"ACT": number(self.activation), "ACT_BEFORE": number(self.before or "identity")}
+        slopes = dict.fromkeys(("SLOPE", "SLOPE_BEFORE"), 0.2)
+        return {name: None for name, is_there in absent.items() if not is_there} | numbers | slopes
+
+
 def _conv_jobs(
-    arch: int, dtype: torch.dtype, precision: str, taps: int, channels_last: bool, bias: bool
+    arch: int, dtype: torch.dtype, precision: str, taps: int, channels_last: bool, around: Around
 ) -> Iterator[dict[str, Any]]:
+    """Both convolutions; the transposed one where it has so many taps."""
     name = TRITON_NAME[dtype]
-    types = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "y_ptr"), f"*{name}") | {
-        "partial_ptr": f"*{STATE[name]}"
-    }
+    types = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "y_ptr"), f"*{name}")
+    types |= dict.fromkeys(("scale_ptr", "shift_ptr", "partial_ptr"), f"*{STATE[name]}")
     constants = {"CHANNELS_LAST": channels_last, "DTYPE": STATE[name], "PRECISION": precision}
-    if not bias:
-        constants["bias_ptr"] = None
-    blocks = gpu_blocks(dtype, precision, accumulators=2)
-    yield _job(
-        conv_transpose2d_subpixel, "conv_transpose2d_subpixel_fwd_kernel", arch, types, blocks.options,
-        **constants, **blocks.constants,
-    )  # fmt: skip
-    blocks = gpu_blocks(dtype, precision, accumulators=1)
-    constants |= {"KH": taps, "KW": taps, **blocks.constants}
-    yield _job(conv2d_stats, "conv2d_stats_fwd_kernel", arch, types, blocks.options, **constants)
+    constants |= around.constants()
+    sizes = around.channels, around.out_channels
+    whole = {n for n, size in zip(("channels", "out_channels"), sizes, strict=True) if size % 16 == 0}
+    if taps == 4:
+        blocks = gpu_blocks(dtype, precision, 2, *sizes)
+        yield _job(
+            conv_transpose2d_subpixel, "conv_transpose2d_subpixel_fwd_kernel", arch, types, blocks.options, whole,
+            **constants, **blocks.constants,
+        )  # fmt: skip
+    row = steps_by_row(around.channels, taps)
+    blocks = gpu_blocks(dtype, precision, 1, taps * sizes[0] if row else sizes[0], sizes[1])
+    constants |= {"KH": taps, "KW": taps, "ROW": row, **blocks.constants}
+    yield _job(conv2d_stats, "conv2d_stats_fwd_kernel", arch, types, blocks.options, whole, **constants)
 
 
 def _combine_job(arch: int, state: str) -> dict[str, Any]:
     types = dict.fromkeys(("partial_ptr", "mean_ptr", "var_ptr"), f"*{state}")
     block_r, block_c = COMBINE_BLOCKS
     constants = {"BLOCK_PIXELS": 64, "VALUES": 2, "DTYPE": state, "BLOCK_R": block_r, "BLOCK_C": block_c}
-    return _job(conv2d_stats, "combine_stats_kernel", arch, types, {}, **constants)
+    return _job(conv2d_stats, "combine_stats_kernel", arch, types, {}, {"channels"}, **constants)
+
+
+#: Between two norms; the first and last layers of an image network; a group of 16 channels; a wide convolution of each kind.
+STATISTICS = Around(bias=False)
+BETWEEN_NORMS = Around(before="leaky_relu")
+FROM_IMAGE = Around(statistics=False, activation="leaky_relu", channels=3)
+TO_IMAGE = Around(statistics=False, activation="tanh", out_channels=3)
+GROUPED = Around(statistics=False, activation="leaky_relu", channels=16, out_channels=16)
 
 
 def _usual_jobs() -> Iterator[dict[str, Any]]:
     for arch in ARCHITECTURES:
         yield _combine_job(arch, "fp32")
-        yield from _conv_jobs(arch, torch.bfloat16, "ieee", 4, True, False)
-    yield from _conv_jobs(90, torch.float16, "ieee", 3, False, True)
-    yield from _conv_jobs(80, torch.float32, "tf32", 3, True, False)
-    yield from _conv_jobs(80, torch.float32, "ieee", 3, False, True)
-    yield from _conv_jobs(90, torch.float64, "ieee", 3, True, True)
+        yield from _conv_jobs(arch, torch.bfloat16, "ieee", 4, True, STATISTICS)
+    yield from _conv_jobs(90, torch.float16, "ieee", 4, True, BETWEEN_NORMS)
+    yield from _conv_jobs(80, torch.float32, "tf32", 3, True, STATISTICS)
+    yield from _conv_jobs(90, torch.float32, "ieee", 3, False, FROM_IMAGE)
+    yield from _conv_jobs(90, torch.bfloat16, "ieee", 4, True, TO_IMAGE)
+    yield from _conv_jobs(100, torch.bfloat16, "ieee", 3, True, FROM_IMAGE)
+    yield from _conv_jobs(100, torch.bfloat16, "ieee", 3, True, GROUPED)
 
 
 def _all_jobs() -> Iterator[dict[str, Any]]:
@@ -89,7 +126,8 @@ def _all_jobs() -> Iterator[dict[str, Any]]:
             yield _combine_job(arch, state)
         kinds = [(torch.float32, "tf32"), *((d, "ieee") for d in TRITON_NAME)]
         for (dtype, precision), taps, last in itertools.product(kinds, (3, 4), (True, False)):
-            yield from _conv_jobs(arch, dtype, precision, taps, last, True)
+            for around in (Around(), BETWEEN_NORMS, FROM_IMAGE, TO_IMAGE, GROUPED):
+                yield from _conv_jobs(arch, dtype, precision, taps, last, around)
 
 
 def _check(jobs: list[dict[str, Any]], tmp_path: Path, record: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, functional
+from . import _conv_engine, dispatch, functional
 from ._engine import choose_engine, layer_dtype
 from ._fused_layer import why_not_fused
 from ._library import plain_eager, state_dtype, wants_gradient
@@ -47,9 +47,10 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Explain who would run ``op`` on these arguments under the backend now in force.
 
     Args:
-        op: ``"lstm"`` (arguments of `functional.lstm`: the engine of the stack, and which of its layers the fused CPU
-            layer runs), or an operator's name, e.g. ``"lstm_gates"`` or ``"lstm_recurrence_bwd"`` with the operator's
-            arguments.
+        op: ``"block"`` (a `Sequential` of a convolution and what stands behind it, and its input: whether PyTorch's
+            convolution or one of ours runs), ``"lstm"`` (arguments of `functional.lstm`: the engine of the stack, and which
+            of its layers the fused CPU layer runs), or an operator's name, e.g. ``"lstm_gates"`` or
+            ``"lstm_recurrence_bwd"`` with the operator's arguments.
 
     Returns:
         An `Explanation`; print it. Explained are operators. Unless a backend is forced, functions and modules do not come
@@ -65,10 +66,26 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         call = inspect.signature(functional.lstm).bind(*args, **kwargs)
         call.apply_defaults()
         return _explain_layer(*call.args, **call.kwargs)
+    if op == "block":
+        return _explain_block(*args, **kwargs)
     if op not in dispatch.operators():
-        raise ValueError(f"explain: expected one of lstm, {', '.join(dispatch.operators())}, got {op!r}")
+        known = ", ".join(("block", "lstm", *dispatch.operators()))
+        raise ValueError(f"explain: expected one of {known}, got {op!r}")
     _check_arguments(op, args, kwargs)
     return _explain_operator(op, args)
+
+
+def _explain_block(block: torch.nn.Sequential, input: Tensor) -> Explanation:
+    """The engine of a convolution and of what stands behind it."""
+    from .nn._fused_convolution import call_of  # modules stand on functions, and functions on this package
+
+    conv, follower = [*block, None, None][:2]
+    call = call_of(conv, follower, input)
+    if isinstance(call, str):
+        return Explanation("block", "aten", (("aten", None), ("triton", call)), "the only one that can run")
+    engine, rule = _conv_engine.choose(call)
+    reasons = (("aten", None), ("triton", _conv_engine.why_not_triton(call)))
+    return Explanation(call.op, engine, reasons, rule)
 
 
 def _explain_operator(op: str, args: tuple[Any, ...], name: str = "") -> Explanation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from torch.autograd import grad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fuseblock
+from fuseblock._activations import activate
 
 from ..backends import Forced
 from .bounds import error_ratio, poisoned_outputs, relative_error, state_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+#: The operators' last arguments where nothing is before the convolution.
+NO_PROLOGUE = None, None, "identity", 0.0
 LAYOUTS = {"rows": torch.contiguous_format, "channels_last": torch.channels_last}
 
 Convolution = Callable[..., Any]
@@ -56,6 +60,44 @@ def check_values(forced: Forced, ours: Convolution, stock: Convolution, *args: A
 def _format(x: Tensor) -> torch.memory_format:
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
+
+
+def check_prologue(
+    forced: Forced, ours: Convolution, stock: Convolution, x: Tensor, w: Tensor, b: Tensor
+) -> None:
+    """Values with every activation, and both orders of gradient of all operands; ``ours`` takes the prologue by name."""
+    channels = x.shape[1]
+    scale, shift = torch.randn(channels, dtype=torch.float64), torch.randn(channels, dtype=torch.float64)
+
+    def run(activation: str, x: Tensor, w: Tensor, b: Tensor, scale: Tensor, shift: Tensor) -> Any:
+        return ours(x, w, b, scale=scale, shift=shift, activation=activation, negative_slope=0.2)
+
+    def plain(activation: str, x: Tensor, w: Tensor, b: Tensor, scale: Tensor, shift: Tensor) -> Any:
+        z = x * scale[:, None, None] + shift[:, None, None]
+        return stock(activate(z, activation, 0.2).to(x.dtype), w, b)
+
+    for dtype, activation in (
+        (torch.float64, "identity"),
+        (torch.float32, "silu"),
+        (torch.float16, "leaky_relu"),
+        (torch.bfloat16, "relu"),
+    ):
+        affine = (t.to(state_dtype(dtype)) for t in (scale, shift))
+        tensors = *(t.to(dtype) for t in (x, w, b)), *affine
+        check_values(forced, partial(run, activation), partial(plain, activation), *tensors)
+    leaves = tuple(t.double().requires_grad_() for t in (x, w, b, scale, shift))
+
+    def derivatives(function: Convolution) -> list[Tensor]:
+        y, mean, var = function(*leaves)
+        loss = (y.pow(3).mean((0, 2, 3)) + mean * var).sum()
+        first = grad(loss, leaves, create_graph=True)
+        return [*first, *grad(sum(g.pow(2).sum() for g in first), leaves)]
+
+    ours_of = partial(call, forced, partial(run, "tanh"))
+    for got, want in zip(
+        derivatives(ours_of), derivatives(lambda *t: with_stats(plain("tanh", *t))), strict=True
+    ):
+        assert relative_error(got, want) < 1e-10
 
 
 def check_gradients(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from fuseblock import dispatch, functional
 
 from ..backends import _ON_GPU, Forced, available
 from . import conv_stats_cases as cases
-from .conv_stats_cases import DTYPES, LAYOUTS, call
+from .conv_stats_cases import DTYPES, LAYOUTS, NO_PROLOGUE, call
 
 # x, weight, stride, padding
 CASES = {
@@ -80,6 +81,13 @@ def test_gradients_of_every_order(forced: Forced) -> None:
     )
 
 
+def test_a_norm_before_it(forced: Forced) -> None:
+    x, w, b = torch.randn(2, 3, 4, 3), torch.randn(2, 3, 3, 3), torch.randn(2)
+    options = {"stride": (2, 1), "padding": 1}
+    ours, stock = partial(functional.conv2d_stats, **options), partial(F.conv2d, **options)
+    cases.check_prologue(forced, ours, stock, x.contiguous(memory_format=torch.channels_last), w, b)
+
+
 def test_behind_it_a_batch_norm(forced: Forced) -> None:
     x, w, _ = inputs("3x3", torch.float64)
     cases.check_batch_norm(
@@ -96,7 +104,9 @@ def test_only_the_gradients_asked_for() -> None:
 def test_opcheck(layout: str) -> None:
     x, w, b = (t.requires_grad_() for t in inputs("3x3", torch.float64, layout))
     for bias in (b, None):
-        torch.library.opcheck(torch.ops.fuseblock.conv2d_stats.default, (x, w, bias, 2, 1, 1, 0))
+        torch.library.opcheck(
+            torch.ops.fuseblock.conv2d_stats.default, (x, w, bias, 2, 1, 1, 0, *NO_PROLOGUE)
+        )
 
 
 def test_transforms_and_autocast() -> None:
@@ -117,7 +127,7 @@ def test_transforms_and_autocast() -> None:
 
 
 def test_it_runs_on_pytorch_where_there_is_no_gpu() -> None:
-    args = (torch.randn(1, 2, 4, 4), torch.randn(3, 2, 3, 3), None, 1, 1, 0, 0)
+    args = (torch.randn(1, 2, 4, 4), torch.randn(3, 2, 3, 3), None, 1, 1, 0, 0, *NO_PROLOGUE)
     assert dispatch.choose("conv2d_stats", args).name == "reference"
     with available("triton"), fuseblock.backend("triton"):
         large = (args[0], torch.randn(3, 2, 6, 6), *args[2:])
@@ -141,3 +151,14 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(error, match=message):
             functional.conv2d_stats(*args)
+    two = torch.ones(2)
+    for error, message, options in (
+        (ValueError, "scale and shift together", {"scale": two}),
+        (ValueError, r"shift of shape \(2,\)", {"scale": two, "shift": torch.ones(3)}),
+        (ValueError, "scale on cpu", {"scale": two.to("meta"), "shift": two}),
+        (TypeError, "scale of a floating point dtype", {"scale": two.long(), "shift": two}),
+        (ValueError, "an activation among", {"scale": two, "shift": two, "activation": "prelu"}),
+        (ValueError, "scale and shift where there is an activation", {"activation": "relu"}),
+    ):
+        with pytest.raises(error, match=message):
+            functional.conv2d_stats(x, w, **options)

@@ -13,7 +13,7 @@ from fuseblock import dispatch, functional
 
 from ..backends import Forced, available
 from . import conv_stats_cases as cases
-from .conv_stats_cases import DTYPES, LAYOUTS, call
+from .conv_stats_cases import DTYPES, LAYOUTS, NO_PROLOGUE, call
 from .test_conv2d_stats import forced as forced
 from .test_conv2d_stats import small_blocks as small_blocks
 
@@ -56,6 +56,11 @@ def test_gradients_of_every_order(forced: Forced) -> None:
     cases.check_gradients(forced, functional.conv_transpose2d_subpixel, stock, x, w, b)
 
 
+def test_a_norm_before_it(forced: Forced) -> None:
+    x, w, b = torch.randn(2, 3, 2, 3), torch.randn(3, 2, 4, 4), torch.randn(2)
+    cases.check_prologue(forced, functional.conv_transpose2d_subpixel, stock, x, w, b)
+
+
 def test_behind_it_a_batch_norm(forced: Forced) -> None:
     x, w, _ = inputs("usual", torch.float64)
     cases.check_batch_norm(forced, functional.conv_transpose2d_subpixel, stock, x, w)
@@ -70,7 +75,9 @@ def test_only_the_gradients_asked_for() -> None:
 def test_opcheck(layout: str) -> None:
     x, w, b = (t.requires_grad_() for t in inputs("usual", torch.float64, layout))
     for bias in (b, None):
-        torch.library.opcheck(torch.ops.fuseblock.conv_transpose2d_subpixel.default, (x, w, bias))
+        torch.library.opcheck(
+            torch.ops.fuseblock.conv_transpose2d_subpixel.default, (x, w, bias, *NO_PROLOGUE)
+        )
 
 
 def test_transforms() -> None:
@@ -85,7 +92,7 @@ def test_transforms() -> None:
 
 
 def test_it_runs_on_pytorch_where_there_is_no_gpu() -> None:
-    args = (torch.randn(1, 2, 4, 4), torch.randn(2, 3, 4, 4), None)
+    args = (torch.randn(1, 2, 4, 4), torch.randn(2, 3, 4, 4), None, *NO_PROLOGUE)
     assert dispatch.choose("conv_transpose2d_subpixel", args).name == "reference"
 
 

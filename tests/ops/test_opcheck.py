@@ -80,15 +80,16 @@ def calls(dtype: torch.dtype, last: bool) -> Iterator[Call]:
     yield from bias_calls(draw, wide, "prelu", math.inf)
     yield "upfirdn2d", (draw(1, 3, 4, 5), wide(6).view(2, 3), 2, 1, 1, 1, 1, 1, 1, 0, False, 1.5)
     bias = torch.randn(5).to(dtype)
-    yield "conv2d_stats", (draw(1, 3, 5, 4), draw(5, 3, 3, 3), bias, 2, 1, 1, 0)
-    yield "conv_transpose2d_subpixel", (draw(1, 3, 2, 3), draw(3, 5, 4, 4), bias)
+    prologue = wide(3), wide(3), "leaky_relu", 0.2
+    yield "conv2d_stats", (draw(1, 3, 5, 4), draw(5, 3, 3, 3), bias, 2, 1, 1, 0, *prologue)
+    yield "conv_transpose2d_subpixel", (draw(1, 3, 2, 3), draw(3, 5, 4, 4), bias, *prologue)
+    yield "conv2d_act", (draw(1, 6, 5, 4), draw(5, 6, 3, 3), bias, 2, 1, 1, 0, 1, False, "tanh", 0.0)
 
 
 #: Operators without kernels of a backend.
 ABSENT = {
-    "cpu": ("conv2d_stats", "conv_transpose2d_subpixel"),
-    "cuda": ("conv2d_stats", "conv_transpose2d_subpixel"),
-    "triton": ("upfirdn2d",),
+    "cpu": ("conv2d_act", "conv2d_stats", "conv_transpose2d_subpixel"),
+    "cuda": ("conv2d_act", "conv2d_stats", "conv_transpose2d_subpixel"),
 }
 
 
@@ -107,5 +108,12 @@ def test_every_operator(name: str, dtype: torch.dtype, last: bool) -> None:
                     checked.add(op)
         finally:
             torch.set_default_device(None)
-    families = "batch_norm_act", "bias_act", "upfirdn2d", "conv2d_stats", "conv_transpose2d_subpixel"
+    families = (
+        "batch_norm_act",
+        "bias_act",
+        "upfirdn2d",
+        "conv2d_act",
+        "conv2d_stats",
+        "conv_transpose2d_subpixel",
+    )
     assert all(any(op.startswith(f) for op in checked) for f in families if f not in ABSENT.get(name, ()))

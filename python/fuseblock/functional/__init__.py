@@ -2,7 +2,7 @@
 
 from ._bias_act import bias_act
 from ._conv import conv1d, conv2d, conv_transpose1d, conv_transpose2d
-from ._conv_stats import conv2d_stats, conv_transpose2d_subpixel
+from ._conv_stats import conv2d_act, conv2d_stats, conv_transpose2d_act, conv_transpose2d_subpixel
 from ._instance_norm import instance_norm_act
 from ._lstm import lstm, lstm_cell, lstm_gates, lstm_recurrence
 from ._minibatch import minibatch_stddev
@@ -15,9 +15,11 @@ __all__ = [
     "bias_act",
     "conv1d",
     "conv2d",
+    "conv2d_act",
     "conv2d_stats",
     "conv_transpose1d",
     "conv_transpose2d",
+    "conv_transpose2d_act",
     "conv_transpose2d_subpixel",
     "downsample2d",
     "filter2d",

@@ -27,6 +27,7 @@ def batch_norm_act(
     negative_slope: float = 0.01,
     slope: Tensor | None = None,
     process_group: Any = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Batch normalisation, an optional residual and an activation, differentiable twice.
 
@@ -50,6 +51,8 @@ def batch_norm_act(
         slope: (C,) or (1,), learned, of prelu.
         process_group: a `torch.distributed` process group whose ranks share their statistics, in the gradients of first
             and second order too; None: this rank's batch alone.
+        statistics: the batch's mean and biased variance (C,), where the producer of x has them (`conv2d_stats`): x is then
+            not read for them. Gradients are those of statistics computed here. In training, without process_group.
 
     Returns:
         y, of the shape, dtype and layout of x.
@@ -65,9 +68,10 @@ def batch_norm_act(
         raise ValueError("batch_norm_act: expected running_mean and running_var together, got one of them")
     if not training and running_mean is None:
         raise ValueError("batch_norm_act: expected running_mean and running_var where training is False")
-    if process_group is None and _batch_norm_node.can_run(
-        x, (weight, bias, residual, slope), (running_mean, running_var)
-    ):
+    if statistics is not None and (not training or process_group is not None):
+        raise ValueError("batch_norm_act: expected training without process_group where statistics are given")
+    alone = process_group is None and statistics is None
+    if alone and _batch_norm_node.can_run(x, (weight, bias, residual, slope), (running_mean, running_var)):
         given = (None, None) if training else (running_mean, running_var)
         values = x.numel()
         # Like PyTorch, an empty batch leaves the running statistics as they are.
@@ -85,7 +89,7 @@ def batch_norm_act(
         raise failed
     _check_running(x, running_mean, running_var)
     group = "" if process_group is None else process_group.group_name
-    mean, var = (None, None) if training else (running_mean, running_var)
+    mean, var = (running_mean, running_var) if not training else statistics or (None, None)
     tensors = x, weight, bias, residual, slope
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():

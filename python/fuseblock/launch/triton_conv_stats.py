@@ -1,9 +1,10 @@
-"""Host side of the Triton convolutions with statistics: kernels/conv2d_stats.py, kernels/conv_transpose2d_subpixel.py."""
+"""Host side of the Triton convolutions: kernels/conv2d_stats.py, kernels/conv_transpose2d_subpixel.py."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,6 +14,7 @@ from fuseblock.kernels.conv2d_stats import combine_stats_kernel, conv2d_stats_fw
 from fuseblock.kernels.conv_transpose2d_subpixel import conv_transpose2d_subpixel_fwd_kernel
 
 from .. import dispatch
+from .._activations import number
 from .._library import state_dtype
 from ..dispatch import Candidate
 from ..reference.conv_stats import memory_format_of
@@ -20,6 +22,8 @@ from . import _triton
 
 #: Taps that are unrolled at most.
 _MOST_TAPS = 25
+#: Products of a step when a row of taps is one.
+_ROW_PRODUCTS = 32
 
 #: Values that a tile of the combining kernel holds, of rows x channels.
 COMBINE_BLOCKS = (64, 16)
@@ -48,25 +52,42 @@ class Blocks:
         return {"num_warps": 4, "num_stages": self.num_stages, "maxnreg": 255}
 
 
-def gpu_blocks(dtype: torch.dtype, precision: str, accumulators: int) -> Blocks:
-    """Tiles for a GPU: tensor cores take 16-bit and TF32 products; others are smaller for want of registers."""
+def gpu_blocks(
+    dtype: torch.dtype, precision: str, accumulators: int, channels: int, out_channels: int
+) -> Blocks:
+    """Tiles for a GPU: tensor cores take 16-bit and TF32 products; others are smaller for want of registers.
+
+    ``channels`` are those of one step, ``out_channels`` those of a group: of few of them, tiles have more pixels.
+    """
     if dtype == torch.float64:
-        return Blocks(32 // accumulators, 32 // accumulators, 16, 1)
-    if dtype == torch.float32 and precision == "ieee":
-        return Blocks(32, 32 // accumulators, 16, 2)
-    if dtype == torch.float32:
-        return Blocks(64, 64 // accumulators, 32 // accumulators, 2)
-    return Blocks(64, 64 // accumulators, 32, 3)
+        m, n, k, stages = 32 // accumulators, 32 // accumulators, 16, 1
+    elif dtype == torch.float32 and precision == "ieee":
+        m, n, k, stages = 32, 32 // accumulators, 16, 2
+    elif dtype == torch.float32:
+        m, n, k, stages = 64, 64 // accumulators, 32 // accumulators, 2
+    else:
+        m, n, k, stages = 64, 64 // accumulators, 32, 3
+    narrow = min(n, _at_least_16(out_channels))
+    return Blocks(m * n // narrow, narrow, min(k, _at_least_16(channels)), stages)
+
+
+def _at_least_16(size: int) -> int:
+    """The least length of a tile that holds `size`: products have no shorter ones."""
+    return max(int(triton.next_power_of_2(size)), 16)
+
+
+def steps_by_row(channels: int, taps_x: int) -> bool:
+    """Whether a row of taps is one step, because the channels of one tap would leave most of it empty."""
+    return channels < 16 and channels * taps_x <= _ROW_PRODUCTS
 
 
 def _blocks(
     x: Tensor, pixels: int, channels: int, out_channels: int, precision: str, accumulators: int
 ) -> Blocks:
     if not _triton.INTERPRETED:
-        return gpu_blocks(x.dtype, precision, accumulators)
+        return gpu_blocks(x.dtype, precision, accumulators, channels, out_channels)
     # The interpreter's time is that of the number of programs.
-    sizes = (triton.next_power_of_2(n) for n in (pixels, out_channels, channels))
-    m, n, k = (min(max(size, 16), 4096) for size in sizes)
+    m, n, k = (min(_at_least_16(size), 4096) for size in (pixels, out_channels, channels))
     return Blocks(m, n, k, 1)
 
 
@@ -84,14 +105,47 @@ def why_not(x: Tensor, weight: Tensor, *args: Any) -> str | None:
         reason = f"a kernel of {weight.shape[2]} x {weight.shape[3]} has more than {_MOST_TAPS} taps"
     n, channels, h, w = x.shape
     most = 4 * (h + 2 * weight.shape[2]) * (w + 2 * weight.shape[3])  # padding below the kernel's size
-    if reason is None and max(n, *weight.shape[:2]) * most >= 2**31:
+    if reason is None and max(n, channels, *weight.shape[:2]) * most >= 2**31:
         reason = "an image, or the pixels of all of them, have 2^31 elements or more"
     return reason
 
 
 def candidates(op: str) -> tuple[Candidate, ...]:
-    """How Triton can run `op`: conv2d_stats or conv_transpose2d_subpixel."""
+    """How Triton can run `op`: conv2d_stats, conv_transpose2d_subpixel or conv2d_act."""
     return (Candidate("triton", globals()[op], why_not, devices=_triton.DEVICES),)
+
+
+class Neighbours(NamedTuple):
+    """What a convolution runs along with itself.
+
+    Attributes:
+        scale, shift, before, slope_before: of the prologue and its activation.
+        activation, slope: of the epilogue.
+        statistics: whether the epilogue takes those of the result.
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    before: str = "identity"
+    slope_before: float = 0.0
+    activation: str = "identity"
+    slope: float = 0.0
+    statistics: bool = False
+
+    def operands(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and shift for the kernels, which read them in the dtype of the statistics."""
+        wide = state_dtype(x.dtype)
+        return tuple(None if t is None else t.to(wide).contiguous() for t in (self.scale, self.shift))  # type: ignore[return-value]
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The kernels' constants."""
+        return {
+            "ACT": number(self.activation),
+            "SLOPE": self.slope,
+            "ACT_BEFORE": number(self.before),
+            "SLOPE_BEFORE": self.slope_before,
+        }
 
 
 def _combine(
@@ -110,45 +164,53 @@ def _combine(
     return mean, var
 
 
-def _outputs(x: Tensor, shape: tuple[int, ...], rows: int) -> tuple[Tensor, Tensor]:
+def _outputs(x: Tensor, shape: tuple[int, ...], rows: int, statistics: bool) -> tuple[Tensor, Tensor | None]:
     """An output in the layout of x, and the partial statistics."""
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
-    return y, torch.empty(2, rows, shape[1], dtype=state_dtype(x.dtype), device=x.device)
+    partial = (
+        torch.empty(2, rows, shape[1], dtype=state_dtype(x.dtype), device=x.device) if statistics else None
+    )
+    return y, partial
 
 
-def conv2d_stats(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride_y: int, stride_x: int, pad_y: int, pad_x: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Op `conv2d_stats`: (y, mean, var)."""
-    out_channels, channels, taps_y, taps_x = weight.shape
+def _conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    around: Neighbours,
+) -> tuple[Tensor, ...]:
+    """(y,) or (y, mean, var) of the convolution and its neighbours."""
+    all_out, channels, taps_y, taps_x = weight.shape
     layout = memory_format_of(x)
     x = x.contiguous(memory_format=layout)
     n, _, h, w = x.shape
     out_h, out_w = (
         (size + 2 * pad - taps) // step + 1
-        for size, pad, taps, step in zip(
-            (h, w), (pad_y, pad_x), (taps_y, taps_x), (stride_y, stride_x), strict=True
-        )
+        for size, pad, taps, step in zip((h, w), padding, (taps_y, taps_x), stride, strict=True)
     )
-    pixels = n * out_h * out_w
+    pixels, out_channels = n * out_h * out_w, all_out // groups
     precision = precision_of(x.dtype)
-    blocks = _blocks(x, pixels, channels, out_channels, precision, 1)
+    in_rows = steps_by_row(channels, taps_x)
+    blocks = _blocks(x, pixels, taps_x * channels if in_rows else channels, out_channels, precision, 1)
     rows = triton.cdiv(pixels, blocks.m)
-    y, partial = _outputs(x, (n, out_channels, out_h, out_w), rows)
+    y, partial = _outputs(x, (n, all_out, out_h, out_w), rows, around.statistics)
     with torch.cuda.device_of(x):
-        conv2d_stats_fwd_kernel[(rows, triton.cdiv(out_channels, blocks.n))](
-            x, weight.permute(2, 3, 1, 0).contiguous(), None if bias is None else bias.contiguous(), y, partial,
-            pixels, channels, h, w, out_channels, out_h, out_w, stride_y, stride_x, pad_y, pad_x,
-            KH=taps_y, KW=taps_x, CHANNELS_LAST=layout == torch.channels_last, DTYPE=_triton.math_dtype(x),
-            PRECISION=precision, **blocks.constants, **blocks.options,
+        conv2d_stats_fwd_kernel[(rows * groups * triton.cdiv(out_channels, blocks.n),)](
+            x, weight.permute(2, 3, 1, 0).contiguous(), None if bias is None else bias.contiguous(),
+            *around.operands(x), y, partial, pixels, groups, channels, h, w, out_channels, out_h, out_w, *stride, *padding,
+            KH=taps_y, KW=taps_x, ROW=in_rows, CHANNELS_LAST=layout == torch.channels_last,
+            DTYPE=_triton.math_dtype(x), PRECISION=precision, **around.constants, **blocks.constants, **blocks.options,
         )  # fmt: skip
-        return y, *_combine(partial, rows, pixels, blocks.m, 1)
+        return (y,) if partial is None else (y, *_combine(partial, rows, pixels, blocks.m, 1))
 
 
-def conv_transpose2d_subpixel(
-    x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Op `conv_transpose2d_subpixel`: (y, mean, var)."""
+def _conv_transpose2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, around: Neighbours
+) -> tuple[Tensor, ...]:
+    """(y,) or (y, mean, var) of the transposed convolution of kernel 4, stride 2, padding 1 and its neighbours."""
     channels, out_channels = weight.shape[:2]
     layout = memory_format_of(x)
     x = x.contiguous(memory_format=layout)
@@ -157,12 +219,64 @@ def conv_transpose2d_subpixel(
     precision = precision_of(x.dtype)
     blocks = _blocks(x, pixels, channels, out_channels, precision, 2)
     rows = triton.cdiv(pixels, blocks.m)
-    y, partial = _outputs(x, (n, out_channels, 2 * h, 2 * w), 2 * rows)
+    y, partial = _outputs(x, (n, out_channels, 2 * h, 2 * w), 2 * rows, around.statistics)
     with torch.cuda.device_of(x):
         conv_transpose2d_subpixel_fwd_kernel[(rows, triton.cdiv(out_channels, blocks.n), 2)](
-            x, weight.permute(2, 3, 0, 1).contiguous(), None if bias is None else bias.contiguous(), y, partial,
-            pixels, channels, h, w, out_channels,
+            x, weight.permute(2, 3, 0, 1).contiguous(), None if bias is None else bias.contiguous(),
+            *around.operands(x), y, partial, pixels, channels, h, w, out_channels,
             CHANNELS_LAST=layout == torch.channels_last, DTYPE=_triton.math_dtype(x), PRECISION=precision,
-            **blocks.constants, **blocks.options,
+            **around.constants, **blocks.constants, **blocks.options,
         )  # fmt: skip
-        return y, *_combine(partial, rows, pixels, blocks.m, 2)
+        return (y,) if partial is None else (y, *_combine(partial, rows, pixels, blocks.m, 2))
+
+
+def conv2d_stats(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride_y: int,
+    stride_x: int,
+    pad_y: int,
+    pad_x: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    before: str,
+    slope_before: float,
+) -> tuple[Tensor, ...]:
+    """Op `conv2d_stats`: (y, mean, var)."""
+    around = Neighbours(scale, shift, before, slope_before, statistics=True)
+    return _conv2d(x, weight, bias, (stride_y, stride_x), (pad_y, pad_x), 1, around)
+
+
+def conv_transpose2d_subpixel(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    before: str,
+    slope_before: float,
+) -> tuple[Tensor, ...]:
+    """Op `conv_transpose2d_subpixel`: (y, mean, var)."""
+    around = Neighbours(scale, shift, before, slope_before, statistics=True)
+    return _conv_transpose2d(x, weight, bias, around)
+
+
+def conv2d_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride_y: int,
+    stride_x: int,
+    pad_y: int,
+    pad_x: int,
+    groups: int,
+    transposed: bool,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    """Op `conv2d_act`: y."""
+    around = Neighbours(activation=activation, slope=negative_slope)
+    if transposed:
+        return _conv_transpose2d(x, weight, bias, around)[0]
+    return _conv2d(x, weight, bias, (stride_y, stride_x), (pad_y, pad_x), groups, around)[0]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._fused_convolution import through
 from .activation import activation_module, unusual
 from .conv import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
 from .norm_act import BatchNormAct1d, BatchNormAct2d, InstanceNormAct1d, InstanceNormAct2d
@@ -192,7 +193,9 @@ class ResidualBlock2d(torch.nn.Module):
         y: Tensor
         if self.mode == "same":
             hidden = _behind(self.conv1, self.norm1, input)
-            y = self.norm2(self.conv2(hidden), self.shortcut(input))
+            residual = self.shortcut(input)
+            fused = through(self.conv2, [self.norm2], hidden, residual)
+            y = self.norm2(self.conv2(hidden), residual) if fused is None else fused[0]
             return y
         hidden = self.norm1(input)
         if self.mode == "up":
@@ -228,6 +231,9 @@ class _PlainActivation(torch.nn.Module):
 
 
 def _behind(conv: torch.nn.Module, norm: torch.nn.Module, x: Tensor) -> Tensor:
+    fused = through(conv, [norm], x)
+    if fused is not None:
+        return fused[0]
     if type(norm) is _PlainActivation and norm.act is not None and not unusual(norm):
         return over_convolution(conv, norm.act, x, is_kept=True)  # by the second convolution
     y: Tensor = norm(conv(x))

@@ -97,8 +97,23 @@ class _BatchNormAct(_WithActivation, torch.nn.modules.batchnorm._BatchNorm):
         if process_group is not None:
             self.process_group = process_group
 
-    def activated(self, input: Tensor, act: torch.nn.Module | None, residual: Tensor | None = None) -> Tensor:
-        """act(batch_norm(input) + residual) in one pass, with the activation of another module; None: this one's own."""
+    @property
+    def takes_statistics(self) -> bool:
+        """Whether a call takes this process's batch's own statistics, which the producer of the input may give."""
+        of_batch = self.training or (self.running_mean is None and self.running_var is None)
+        return of_batch and self.process_group is None
+
+    def activated(
+        self,
+        input: Tensor,
+        act: torch.nn.Module | None,
+        residual: Tensor | None = None,
+        statistics: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """act(batch_norm(input) + residual) in one pass, with the activation of another module; None: this one's own.
+
+        ``statistics``: mean and variance of the input in training, where its producer gives them.
+        """
         arguments = self._activation_arguments(act)
         if not self.training and residual is None and _is_small_inference(input):
             overwrite = IN_PLACE.get(arguments["activation"])
@@ -124,6 +139,7 @@ class _BatchNormAct(_WithActivation, torch.nn.modules.batchnorm._BatchNorm):
             momentum=momentum,
             eps=self.eps,
             process_group=self.process_group,
+            statistics=statistics,
             **arguments,
         )
 
@@ -160,6 +176,18 @@ class BatchNormAct1d(_BatchNormAct, torch.nn.BatchNorm1d):
 
 class BatchNormAct3d(_BatchNormAct, torch.nn.BatchNorm3d):
     """`BatchNormAct2d` for (N, C, D, H, W): a drop-in replacement of `torch.nn.BatchNorm3d`."""
+
+
+def joins(norm: torch.nn.Module | None, act: torch.nn.Module | None) -> bool:
+    """Whether the norm may apply the activation module now."""
+    return (
+        norm is not None
+        and act is not None
+        and norm.activation == "identity"  # the norm's own one would come first
+        and name_of(act) is not None
+        and not unusual(norm)
+        and not unusual(act)
+    )
 
 
 def _check_residual(module: str, input: Tensor, residual: Tensor) -> None:

@@ -4,6 +4,8 @@ from .batch_norm_act import batch_norm_act, batch_norm_act_bwd, batch_norm_act_b
 from .batch_norm_act import check as check_batch_norm_act
 from .bias_act import bias_act, bias_act_bwd, bias_act_bwd_bwd
 from .bias_act import check as check_bias_act
+from .conv2d_act import check as check_conv2d_act
+from .conv2d_act import conv2d_act
 from .conv2d_stats import check as check_conv2d_stats
 from .conv2d_stats import conv2d_stats
 from .conv_transpose2d_subpixel import check as check_conv_transpose2d_subpixel
@@ -24,11 +26,13 @@ __all__ = [
     "bias_act_bwd_bwd",
     "check_batch_norm_act",
     "check_bias_act",
+    "check_conv2d_act",
     "check_conv2d_stats",
     "check_conv_transpose2d_subpixel",
     "check_lstm_gates",
     "check_lstm_recurrence",
     "check_upfirdn2d",
+    "conv2d_act",
     "conv2d_stats",
     "conv_transpose2d_subpixel",
     "lstm_gates",

@@ -1,10 +1,14 @@
-"""Backward of a convolution that returns its result's batch statistics, shared by the operators of that kind.
+"""What the operators share that run a convolution with its neighbours in a block: checks, and the backward of those that
+return their result's batch statistics.
 
-With y = conv(x, w) + b, M values per channel, mean = sum y / M, var = sum (y - mean)^2 / M and gradients dy, dm, dv:
+With a = act(scale x + shift) or x, y = conv(a, w) + b, M values per channel, mean = sum y / M, var = sum (y - mean)^2 / M
+and gradients dy, dm, dv:
 
-    dy' = dy + (dm + 2 dv (y - mean)) / M;     dx, dw = gradients of the convolution at dy';     db = sum dy'
+    dy' = dy + (dm + 2 dv (y - mean)) / M;     da, dw = gradients of the convolution at dy';     db = sum dy'
 
-Made of differentiable operations on the outputs y and mean, so that autograd composes every further order.
+The prologue is a batch norm with mean 0 and variance 1, and has its derivatives; a is computed again for dw. All of it is
+made of differentiable operations, y and mean being outputs, so that autograd composes further orders (the third with a
+prologue: ``fuseblock.backend("reference")``).
 """
 
 from __future__ import annotations
@@ -15,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _convolution, dispatch
+from .. import _activations, _convolution, dispatch
 from .._convolution import Geometry
 from .._library import state_dtype
+from .batch_norm_act import batch_norm_act, batch_norm_act_bwd
 
 
 def check_tensors(
@@ -37,21 +42,71 @@ def check_tensors(
             raise ValueError(f"{op}: expected {name} on {x.device}, got {tensor.device}")
 
 
-def setup_context(ctx: Any, x: Tensor, weight: Tensor, outputs: Sequence[Tensor], geometry: Geometry) -> None:
-    """Save what `backward` needs."""
-    ctx.set_materialize_grads(False)
-    y, mean, _ = outputs
-    ctx.save_for_backward(x, weight, y, mean)
-    ctx.geometry = geometry
-    ctx.forced = dispatch.forced()
+def check_prologue(op: str, x: Tensor, scale: Tensor | None, shift: Tensor | None, activation: str) -> None:
+    """Raise ValueError or TypeError where scale, shift (C,) and activation are no prologue of x."""
+    if (scale is None) != (shift is None):
+        raise ValueError(f"{op}: expected scale and shift together, got one of them")
+    if activation not in _activations.NAMES or activation == "prelu":
+        known = ", ".join(name for name in _activations.NAMES if name != "prelu")
+        raise ValueError(f"{op}: expected an activation among {known}, got {activation!r}")
+    if scale is None and activation != "identity":
+        raise ValueError(f"{op}: expected scale and shift where there is an activation, got {activation!r}")
+    for name, tensor in (("scale", scale), ("shift", shift)):
+        if tensor is None:
+            continue
+        if tensor.shape != x.shape[1:2]:
+            raise ValueError(f"{op}: expected {name} of shape ({x.shape[1]},), got {tuple(tensor.shape)}")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{op}: expected {name} of a floating point dtype, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: expected {name} on {x.device}, got {tensor.device}")
 
 
-def _wanted(ctx: Any) -> list[bool]:
-    """Which of x, weight, bias the running backward wants a gradient of; all that need one if it cannot be asked."""
+def output_sizes(
+    op: str, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> tuple[int, int]:
+    """(OH, OW) of a convolution; raises ValueError where stride and padding are none or there is no output."""
+    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0)):
+        if len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"{op}: expected {name} of at least {least}, got {tuple(pair)}")
+    out_h, out_w = (
+        (size + 2 * pad - taps) // step + 1
+        for size, pad, taps, step in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)
+    )
+    if min(out_h, out_w) < 1 or x.shape[0] == 0:
+        raise ValueError(f"{op}: x of shape {tuple(x.shape)} gives no values")
+    return out_h, out_w
+
+
+def keep_arguments(ctx: Any, inputs: Sequence[Any], positions: Sequence[int]) -> None:
+    """Remember in a node's ctx, for `wanted`, where in ``inputs`` the tensors lie, and which of them there are."""
+    ctx.positions = positions
+    ctx.present = [inputs[n] is not None for n in positions]
+
+
+def wanted(ctx: Any) -> list[bool]:
+    """Which tensor arguments the running backward wants a gradient of; all that need one if it cannot be asked."""
     try:
-        return [*_convolution._wanted(ctx), False][:3]  # an absent bias has no node
-    except AttributeError:  # contexts of torch.func transforms and of tracing
-        return list(ctx.needs_input_grad[:3])
+        nodes = (node for node, _ in ctx.next_functions)  # an absent argument has none
+        return [
+            is_there and (node := next(nodes)) is not None and torch._C._will_engine_execute_node(node)
+            for is_there in ctx.present
+        ]
+    except (AttributeError, RuntimeError):  # contexts of torch.func transforms and of tracing; no engine
+        return [ctx.needs_input_grad[n] for n in ctx.positions]
+
+
+def setup_context(
+    ctx: Any, inputs: Sequence[Any], positions: Sequence[int], outputs: Sequence[Tensor], geometry: Geometry
+) -> None:
+    """Save what `backward` needs; x, weight, bias, scale, shift are at these positions of ``inputs``, act at their end."""
+    ctx.set_materialize_grads(False)
+    keep_arguments(ctx, inputs, positions)
+    x, weight, _, scale, shift = (inputs[n] for n in positions)
+    y, mean, _ = outputs
+    ctx.save_for_backward(x, weight, y, mean, scale, shift)
+    ctx.before, ctx.geometry = inputs[-2:], geometry
+    ctx.forced = dispatch.forced()
 
 
 def _total(
@@ -71,28 +126,56 @@ def _total(
     return term.to(y.dtype) if dy is None else dy + term.to(y.dtype)
 
 
+def convolution_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, want_x: bool, want_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dweight) of a convolution, those that are wanted."""
+    if not want_x and not want_weight:
+        return None, None
+    mask = (want_x, want_weight, False)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        gradients = torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, mask)
+    else:
+        gradients = _convolution._convolution_backward(dy, x, weight, geometry, mask)
+    return gradients[0], gradients[1]
+
+
 def backward(
     ctx: Any, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """(dx, dweight, dbias)."""
-    x, weight, y, mean = ctx.saved_tensors
+    """(dx, dweight, dbias, dscale, dshift)."""
+    x, weight, y, mean, scale, shift = ctx.saved_tensors
     total = _total(dy, dmean, dvar, y, mean)
     if total is None:
-        return None, None, None
-    want_x, want_weight, want_bias = _wanted(ctx)
-    dx = dweight = None
-    if want_x or want_weight:
-        mask = (want_x, want_weight, False)
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            gradients = torch.ops.aten.convolution_backward(total, x, weight, None, *ctx.geometry, mask)
-        else:
-            gradients = _convolution._convolution_backward(total, x, weight, ctx.geometry, mask)
-        dx, dweight = gradients[:2]
-    return dx, dweight, total.sum((0, 2, 3)) if want_bias else None
+        return (None,) * 5
+    want_x, want_weight, want_bias, want_scale, want_shift = wanted(ctx)
+    dbias = total.sum((0, 2, 3)) if want_bias else None
+    if scale is None:
+        return *convolution_gradients(total, x, weight, ctx.geometry, want_x, want_weight), dbias, None, None
+    affine = scale, shift, None, None
+    zero = scale.new_zeros(scale.shape, dtype=state_dtype(x.dtype))
+    one = zero + 1
+    want_a, want_affine = want_x or want_scale or want_shift, want_scale or want_shift
+    with dispatch.backend(ctx.forced):
+        a = batch_norm_act(x, *affine, zero, one, 0.0, *ctx.before, False, "", False)[0] if want_weight else x
+        da, dweight = convolution_gradients(total, a, weight, ctx.geometry, want_a, want_weight)
+        if da is None:
+            return None, dweight, dbias, None, None
+        statistics = zero, one, zero.new_zeros(()), None
+        dx, dscale, dshift, *_ = batch_norm_act_bwd(
+            da, x, *affine, *statistics, *ctx.before, False, "", 0.0, want_x, want_affine, False
+        )
+    return (
+        dx if want_x else None,
+        dweight,
+        dbias,
+        dscale if want_scale else None,
+        dshift if want_shift else None,
+    )
 
 
 def autocast(dtype: torch.dtype, args: Sequence[Any]) -> tuple[Any, ...]:
     """x, weight and bias in the autocast dtype, unless they are float64."""
     if args[0].dtype == torch.float64:
         return tuple(args)
-    return tuple(a.to(dtype) if isinstance(a, Tensor) else a for a in args)
+    return *(a.to(dtype) if isinstance(a, Tensor) else a for a in args[:3]), *args[3:]

@@ -1,8 +1,9 @@
 """Operator ``conv2d_stats``: a convolution that also returns the batch statistics of its result.
 
-    y = conv2d(x, weight, bias, stride, padding);   mean, var (O,): of y over batch and pixels, biased
+    y = conv2d(a, weight, bias, stride, padding);   mean, var (O,): of y over batch and pixels, biased
+    a = act(scale x + shift) where scale and shift (C,) are given, so that a norm before it needs no pass of its own; else x
 
-All three outputs are differentiable: see `_conv_stats`. Saved: x, weight, y, mean.
+All three outputs are differentiable: see `_conv_stats`. Saved: x, weight, y, mean, scale, shift.
 """
 
 from __future__ import annotations
@@ -25,22 +26,24 @@ dispatch.register(
 
 
 def check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride_y: int, stride_x: int, pad_y: int, pad_x: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride_y: int,
+    stride_x: int,
+    pad_y: int,
+    pad_x: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    negative_slope: float,
 ) -> tuple[int, ...]:
     """The shape of y; raises ValueError or TypeError when the arguments do not fit together."""
     if weight.dim() != 4:
         raise ValueError(f"conv2d_stats: expected weight of shape (O, C, KH, KW), got {tuple(weight.shape)}")
     _conv_stats.check_tensors("conv2d_stats", x, weight, bias, weight.shape[1], weight.shape[0])
-    stride, padding = (stride_y, stride_x), (pad_y, pad_x)
-    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0)):
-        if min(pair) < least:
-            raise ValueError(f"conv2d_stats: expected {name} of at least {least}, got {pair}")
-    sizes = tuple(
-        (size + 2 * pad - taps) // step + 1
-        for size, pad, taps, step in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)
-    )
-    if min(sizes) < 1 or x.shape[0] == 0:
-        raise ValueError(f"conv2d_stats: x of shape {tuple(x.shape)} gives no values to take statistics of")
+    _conv_stats.check_prologue("conv2d_stats", x, scale, shift, activation)
+    sizes = _conv_stats.output_sizes("conv2d_stats", x, weight, (stride_y, stride_x), (pad_y, pad_x))
     return x.shape[0], weight.shape[0], *sizes
 
 
@@ -56,18 +59,19 @@ def _fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, _, stride_y, stride_x, pad_y, pad_x = inputs
+    stride_y, stride_x, pad_y, pad_x = inputs[3:7]
     geometry = Geometry((stride_y, stride_x), (pad_y, pad_x), (1, 1), False, (0, 0), 1)
-    _conv_stats.setup_context(ctx, x, weight, output, geometry)
+    _conv_stats.setup_context(ctx, inputs, (0, 1, 2, 7, 8), output, geometry)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> Any:
-    return *_conv_stats.backward(ctx, *grads), None, None, None, None
+    dx, dweight, dbias, dscale, dshift = _conv_stats.backward(ctx, *grads)
+    return dx, dweight, dbias, None, None, None, None, dscale, dshift, None, None
 
 
 conv2d_stats: DifferentiableOp = DifferentiableOp(
-    "conv2d_stats(Tensor x, Tensor weight, Tensor? bias, int stride_y, int stride_x, int pad_y, int pad_x)"
-    " -> (Tensor, Tensor, Tensor)",
+    "conv2d_stats(Tensor x, Tensor weight, Tensor? bias, int stride_y, int stride_x, int pad_y, int pad_x,"
+    " Tensor? scale, Tensor? shift, str activation, float negative_slope) -> (Tensor, Tensor, Tensor)",
     impl=_impl,
     fake=_fake,
     setup_context=_setup,

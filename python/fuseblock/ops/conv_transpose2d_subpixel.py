@@ -1,9 +1,10 @@
 """Operator ``conv_transpose2d_subpixel``: the transposed convolution k4 s2 p1, with the batch statistics of its result.
 
-    y (N, O, 2H, 2W) = conv_transpose2d(x (N, C, H, W), weight (C, O, 4, 4), bias, stride=2, padding=1)
+    y (N, O, 2H, 2W) = conv_transpose2d(a (N, C, H, W), weight (C, O, 4, 4), bias, stride=2, padding=1)
     mean, var (O,): of y over batch and pixels, biased
+    a = act(scale x + shift) where scale and shift (C,) are given, so that a norm before it needs no pass of its own; else x
 
-All three outputs are differentiable: see `_conv_stats`. Saved: x, weight, y, mean.
+All three outputs are differentiable: see `_conv_stats`. Saved: x, weight, y, mean, scale, shift.
 """
 
 from __future__ import annotations
@@ -24,16 +25,25 @@ dispatch.register(
     _candidates.reference(reference.conv_transpose2d_subpixel_reference),
 )
 
-_GEOMETRY = Geometry((2, 2), (1, 1), (1, 1), True, (0, 0), 1)
+GEOMETRY = Geometry((2, 2), (1, 1), (1, 1), True, (0, 0), 1)
 
 
-def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, ...]:
+def check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    negative_slope: float,
+) -> tuple[int, ...]:
     """The shape of y; raises ValueError or TypeError when the arguments do not fit together."""
     if weight.dim() != 4 or tuple(weight.shape[2:]) != (4, 4):
         raise ValueError(
             f"conv_transpose2d_subpixel: expected weight of shape (C, O, 4, 4), got {tuple(weight.shape)}"
         )
     _conv_stats.check_tensors("conv_transpose2d_subpixel", x, weight, bias, weight.shape[0], weight.shape[1])
+    _conv_stats.check_prologue("conv_transpose2d_subpixel", x, scale, shift, activation)
     n, _, h, w = x.shape
     if min(n, h, w) < 1:
         raise ValueError(
@@ -47,23 +57,27 @@ def _impl(*args: Any) -> Any:
     return dispatch.run("conv_transpose2d_subpixel", args)
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    y = x.new_empty(check(x, weight, bias)).contiguous(memory_format=reference.memory_format_of(x))
+def _fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y = x.new_empty(check(x, weight, *args)).contiguous(memory_format=reference.memory_format_of(x))
     mean = x.new_empty(weight.shape[1], dtype=state_dtype(x.dtype))
     return y, mean, mean.new_empty(mean.shape)
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, _ = inputs
-    _conv_stats.setup_context(ctx, x, weight, output, _GEOMETRY)
+    _conv_stats.setup_context(ctx, inputs, range(5), output, GEOMETRY)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> Any:
+    return *_conv_stats.backward(ctx, *grads), None, None
 
 
 conv_transpose2d_subpixel: DifferentiableOp = DifferentiableOp(
-    "conv_transpose2d_subpixel(Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)",
+    "conv_transpose2d_subpixel(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, str activation,"
+    " float negative_slope) -> (Tensor, Tensor, Tensor)",
     impl=_impl,
     fake=_fake,
     setup_context=_setup,
-    backward=_conv_stats.backward,
+    backward=_backward,
     vmap=loop_vmap(lambda *args: conv_transpose2d_subpixel(*args)),
     autocast=_conv_stats.autocast,
 )

@@ -1,0 +1,145 @@
+"""The engine of a convolution and of what stands behind it in a block.
+
+``aten``: PyTorch's convolution, then a fused norm or an activation. ``triton``: a kernel of ours that does some of that too:
+
+    conv_norm_act   behind it a batch norm in training, and its activation: the convolution's epilogue takes the statistics
+    conv_act        behind it an activation: the epilogue applies it
+
+So tables of measurements call them (`_tables`). On a GPU the faster by its table is taken, and where that says nothing
+PyTorch's, as everywhere else. A forced backend ``triton`` takes ours wherever it can run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from . import _tables, dispatch
+from ._convolution import Geometry
+from ._library import forward_mode_active, wants_gradient
+from .ops.conv2d_act import ACTIVATIONS
+from .ops.conv_transpose2d_subpixel import GEOMETRY as SUBPIXEL
+from .reference.conv_stats import memory_format_of
+
+
+class Call(NamedTuple):
+    """A convolution with what stands behind it.
+
+    Attributes:
+        op: ``conv_norm_act`` or ``conv_act``.
+        x, weight, bias: the convolution's tensors.
+        geometry: how it runs.
+        activation, negative_slope: behind it, of ``conv_act``; that of a norm is the norm's.
+    """
+
+    op: str
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    geometry: Geometry
+    activation: str = "identity"
+    negative_slope: float = 0.0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in, autocast considered."""
+        device = self.x.device.type
+        if self.x.dtype is not torch.float64 and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.x.dtype
+
+    @property
+    def operator(self) -> str:
+        """The operator of ours that would run it."""
+        if self.op == "conv_act":
+            return "conv2d_act"
+        return "conv_transpose2d_subpixel" if self.geometry.transposed else "conv2d_stats"
+
+
+def may_choose(x: Tensor) -> bool:
+    """Whether there is a choice for calls on x; where there is none, nobody need look for reasons."""
+    return isinstance(x, Tensor) and (x.is_cuda or dispatch.forced() == "triton")
+
+
+def choose(call: Call) -> tuple[str, str]:
+    """(engine, why): ``"aten"`` or ``"triton"``."""
+    forced = dispatch.forced()
+    if forced not in ("auto", "triton"):
+        return "aten", f"backend {forced!r} is forced"
+    reason = why_not_triton(call)
+    if reason is not None:
+        return "aten", f"triton cannot: {reason}"
+    if forced == "triton":
+        return "triton", "backend 'triton' is forced"
+    table = _tables.in_force(call.x.get_device())
+    answer = table.answer(call.op, key(call) if table.entries else ())
+    engine = next((name for name in answer.order if name in ("aten", "triton")), "aten")
+    return engine, answer.rule(engine)
+
+
+def why_not_triton(call: Call) -> str | None:
+    """None when our kernels can run the call, else the reason why they cannot."""
+    if is_compiling():
+        return "torch.compile sees PyTorch's convolution"
+    if torch._C._are_functorch_transforms_active() or forward_mode_active():
+        return "transforms see PyTorch's convolution"
+    reason = _why_not_geometry(call)
+    if reason is None:
+        (candidate,) = (c for c in dispatch.candidates(call.operator) if c.name == "triton")
+        reason = candidate.why_not(call.x, call.weight)
+    return reason
+
+
+def _why_not_geometry(call: Call) -> str | None:
+    """The reason in what is asked. What PyTorch refuses is left to PyTorch."""
+    _, x, weight, bias, geometry, activation, negative_slope = call
+    if x.dim() != 4:
+        return "the input has no batch"
+    if geometry.dilation != (1, 1):
+        return "dilation"
+    if geometry.transposed and (geometry != SUBPIXEL or tuple(weight.shape[2:]) != (4, 4)):
+        return "transposed, it takes kernel 4, stride 2, padding 1 and no groups"
+    if call.op == "conv_norm_act" and geometry.groups != 1:
+        return "groups before a batch norm"
+    if activation not in ACTIVATIONS or negative_slope < 0:
+        return f"the result of {activation} does not tell its derivative"
+    channels = weight.shape[0] if geometry.transposed else weight.shape[1] * geometry.groups
+    fits = all(
+        size + 2 * pad >= taps
+        for size, pad, taps in zip(x.shape[2:], geometry.padding, weight.shape[2:], strict=True)
+    )
+    if x.shape[1] != channels or x.numel() == 0 or not fits:
+        return f"no convolution takes {tuple(x.shape)} with {tuple(weight.shape)}"
+    for t in (weight, bias):
+        if t is not None and (t.device != x.device or (t.dtype is not x.dtype and call.dtype is x.dtype)):
+            return "the tensors are of several dtypes or devices"
+    return None
+
+
+def key(call: Call) -> _tables.Key:
+    """What a table is asked."""
+    _, x, weight, bias, geometry, *_ = call
+    n, channels, height, width = x.shape
+    dtype = call.dtype
+    return (
+        ("mode", "train" if wants_gradient((x, weight, bias)) else "forward"),
+        ("dtype", dtype),
+        ("tf32", _tables.tf32("conv") if dtype is torch.float32 else ""),
+        ("layout", "channels-last" if memory_format_of(x) is torch.channels_last else "contiguous"),
+        ("kind", "transposed" if geometry.transposed else "plain"),
+        ("kernel", _by(weight.shape[2:])),
+        ("stride", _by(geometry.stride)),
+        ("channels", channels // geometry.groups),
+        ("out_channels", weight.shape[1] if geometry.transposed else weight.shape[0] // geometry.groups),
+        ("groups", geometry.groups),
+        ("batch", n),
+        ("height", height),
+        ("width", width),
+    )
+
+
+def _by(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))
