@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -104,12 +105,19 @@ def cuda_link_flags(home: Path) -> list[str]:
     raise NotFoundError(f"no libcudart_static.a under {home}")
 
 
-def architecture_flags(nvcc: str) -> tuple[list[str], list[str]]:
-    """Machine code for every architecture that this nvcc knows, and PTX for what comes after the newest of them."""
+def architecture_flags(nvcc: str, clusters: bool) -> tuple[list[str], list[str]]:
+    """Machine code for every architecture that this nvcc knows, and PTX for what comes after the newest of them.
+
+    All machine code is made of one PTX, the oldest architecture's: most of the work is then done once, not three times.
+    Kernels with clusters need what sm_80 lacks, and each architecture's own PTX to get by with its registers.
+    """
     known = set(run([nvcc, "--list-gpu-code"]).split())
     names = [name for name in ARCHITECTURES if f"sm_{name.rstrip('a')}" in known]
-    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
-    return names, [*flags, "-gencode=arch=compute_{0},code=compute_{0}".format(names[-1].rstrip("a"))]
+    if clusters:
+        flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+        return names, [*flags, "-gencode=arch=compute_{0},code=compute_{0}".format(names[-1].rstrip("a"))]
+    ptx = f"compute_{names[0].rstrip('a')}"
+    return names, [f"-gencode=arch={ptx},code=[{','.join(f'sm_{name}' for name in names)},{ptx}]"]
 
 
 def is_current(output: Path, command: str) -> bool:
@@ -180,11 +188,14 @@ class BuildNative(build_ext):
             (self.folder / "_build.json").write_text(json.dumps(self.report, indent=1) + "\n")
 
     def build_native(self, cxx: list[str], torch: Path) -> None:
-        nvcc, define, cuda_link = self.cuda_toolchain()
+        cuda_parts, define, cuda_link = self.cuda_toolchain()
         common = [*cxx, *CXX_FLAGS, *define, f"-I{sysconfig.get_path('include')}", f"-I{ROOT / 'csrc'}"]
         host = [*common, *STABLE_ABI, f"-isystem{torch / 'include'}"]
         # Kernels take most of the time, what calls them seconds: in this order all processors are done together.
-        parts = [(nvcc, "csrc/cuda/*.cu")] if nvcc else []
+        parts = [*cuda_parts]
+        if platform.machine() == "x86_64":
+            # Half a minute less; only machines older than AVX2 run them.
+            parts.append(([*host, "-O1"], "csrc/cpu/*_baseline.cpp"))
         parts.append((host, "csrc/cpu/*.cpp"))
         if self.in_tree and importlib.util.find_spec("pybind11"):
             import pybind11
@@ -193,18 +204,19 @@ class BuildNative(build_ext):
         parts.append((host, "csrc/torch/*.cpp"))
         objects = self.compile_all(parts)
         self.report |= {"native": True, "compiler": version_line(cxx[0]), "flags": CXX_FLAGS + STABLE_ABI}
-        if nvcc:
-            logs = [Path(f"{path}.log").read_text() for path in objects["csrc/cuda/*.cu"]]
+        introspection = objects.pop("csrc/introspect.cpp", [])
+        cuda = [path for _, pattern in cuda_parts for path in objects[pattern]]
+        if cuda_parts:
+            logs = [Path(f"{path}.log").read_text() for path in cuda]
             self.report["kernels"] = [row for log in logs for row in kernel_report(log)]
-        introspection, cuda = objects.pop("csrc/introspect.cpp", []), objects.get("csrc/cuda/*.cu", [])
         libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", *cuda_link]
         self.link(cxx, [path for paths in objects.values() for path in paths], libraries, "_C.abi3.so")
         if introspection:
             module = f"_introspect{sysconfig.get_config_var('EXT_SUFFIX')}"
             self.link(cxx, [*introspection, *cuda], cuda_link, module)
 
-    def cuda_toolchain(self) -> tuple[list[str], list[str], list[str]]:
-        """The command that compiles CUDA, and the flags that compile and link code against its objects."""
+    def cuda_toolchain(self) -> tuple[list[tuple[list[str], str]], list[str], list[str]]:
+        """The commands that compile CUDA, for which sources; the flags that compile and link code against its objects."""
         try:
             if choice("FUSEBLOCK_BUILD_CUDA") == "0":
                 raise NotFoundError("switched off by FUSEBLOCK_BUILD_CUDA=0")
@@ -216,17 +228,24 @@ class BuildNative(build_ext):
             self.warn(f"building without CUDA kernels: {missing}")
             return [], [], []
         nvcc = str(home / "bin/nvcc")
-        names, architectures = architecture_flags(nvcc)
+        common = [nvcc, *NVCC_FLAGS, f"-I{ROOT / 'csrc'}"]
+        names, with_clusters = architecture_flags(nvcc, clusters=True)
+        _, without_clusters = architecture_flags(nvcc, clusters=False)
         self.report["cuda"] = {"compiler": version_line(nvcc), "flags": NVCC_FLAGS, "architectures": names}
-        command = [nvcc, *NVCC_FLAGS, *architectures, f"-I{ROOT / 'csrc'}"]
-        return command, ["-DWITH_CUDA", f"-isystem{home / 'include'}"], link
+        parts = [
+            ([*common, *with_clusters], "csrc/cuda/*_cluster_*.cu"),
+            ([*common, *without_clusters], "csrc/cuda/*.cu"),
+        ]
+        return parts, ["-DWITH_CUDA", f"-isystem{home / 'include'}"], link
 
     def compile_all(self, parts: list[tuple[list[str], str]]) -> dict[str, list[str]]:
-        """Compile the files that match each pattern with its command; the objects of each pattern."""
+        """Compile each file with the command of the first pattern that it matches; the objects of each pattern."""
         objects: dict[str, list[str]] = {}
         work = []
+        taken: set[Path] = set()
         for command, pattern in parts:
-            sources = sorted(ROOT.glob(pattern))
+            sources = sorted(set(ROOT.glob(pattern)) - taken)
+            taken.update(sources)
             outputs = [OBJECTS / f"{source.relative_to(ROOT)}.o" for source in sources]
             objects[pattern] = list(map(str, outputs))
             work += [(command, *pair) for pair in zip(sources, outputs, strict=True)]
