@@ -3,6 +3,7 @@
     python examples/dcgan.py                                                    # digits: about 4 minutes on 2 cores
     python examples/dcgan.py --data photos/ --size 64 --epochs 200 --out out/photos
     python examples/dcgan.py --out out/dcgan --resume                           # goes on after a kill
+    python examples/dcgan.py --device cuda --graphed                            # each step is one launch
     torchrun --nproc-per-node 2 examples/dcgan.py                               # DistributedDataParallel
 
 Discriminator and generator take turns, a step each. Into ``--out`` go samples after every epoch (``samples/``), curves
@@ -39,6 +40,7 @@ from dcgan_report import Judge, plot, save_grid
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import fuseblock
 from fuseblock import gan
 
 SAMPLES = 100
@@ -107,6 +109,8 @@ class Trainer:
             refuse(
                 f"--batch {args.batch}: expected 2 images or more, equally many, for {place.size} processes"
             )
+        if args.graphed and place.size > 1:
+            refuse("--graphed: for one process; DistributedDataParallel needs more preparation")
         torch.manual_seed(args.seed)
         channels = images.shape[1]
         self.penalties: list[nn.Module] = [
@@ -121,8 +125,12 @@ class Trainer:
         self.ema = gan.ExponentialMovingAverage(self.generator, args.ema, warmup=True)
         self.loss = gan.LOSSES[args.loss]()
         betas = (args.beta1, args.beta2)
-        self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), args.lr, betas)
-        self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), args.lr, betas)
+        # Where steps are CUDA graphs, the optimizers count their steps on the GPU.
+        capturable = args.graphed and place.device.type == "cuda"
+        self.generator_optimizer, self.discriminator_optimizer = (
+            torch.optim.Adam(network.parameters(), args.lr, betas, capturable=capturable)
+            for network in (self.generator, self.discriminator)
+        )
         # The wrapped networks are called where gradients of their parameters follow, and share them between processes.
         self.wrapped_generator: nn.Module = self.generator
         self.wrapped_discriminator: nn.Module = self.discriminator
@@ -130,6 +138,13 @@ class Trainer:
             self.wrapped_generator = DistributedDataParallel(self.generator)
             self.wrapped_discriminator = DistributedDataParallel(self.discriminator)
         self.random = torch.Generator(place.device).manual_seed(args.seed * 1_000_003 + place.rank)
+        self.discriminator_step, self.generator_step = self.train_discriminator, self.train_generator
+        if args.graphed:
+            random = [self.random] if place.device.type == "cuda" else []
+            self.discriminator_step = fuseblock.graphed(self.train_discriminator, generators=random)
+            self.generator_step = fuseblock.graphed(
+                self.train_generator, generators=random, pool=self.discriminator_step
+            )
         self.step = 0
         self.history: dict[str, list[float]] = {name: [] for name in METRICS}
         self.pending: list[Tensor] = []
@@ -150,7 +165,7 @@ class Trainer:
     def train_step(self) -> None:
         """One step of the discriminator, then one of the generator."""
         real = self.batch_at(self.step)
-        record = self.train_discriminator(real) | self.train_generator(real)
+        record = self.discriminator_step(real) | self.generator_step(real)
         self.ema.update(self.generator)
         self.step += 1
         # Read at the end of an epoch only: on a GPU every number read waits for it.
@@ -386,6 +401,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ema", type=decay, default=0.998, help="decay of the averaged weights")
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--graphed",
+        action="store_true",
+        help="steps as CUDA graphs (on a CPU: eagerly, under the same rules)",
+    )
     parser.add_argument("--threads", type=threads, default=None, help="default: PyTorch's")
     parser.add_argument("--out", type=Path, default=Path("out/dcgan"))
     parser.add_argument("--checkpoint-every", type=at_least(1), help="steps; default: every epoch")

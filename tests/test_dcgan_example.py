@@ -81,6 +81,22 @@ def assert_same_checkpoint(a, b):
         assert same, name
 
 
+def test_graphed_steps_train_as_plain_ones(trainer):
+    plain, graphed = trainer("--penalty", "wgan-gp"), trainer("--penalty", "wgan-gp", "--graphed")
+    for each in (plain, graphed):
+        for _ in range(6):
+            each.train_step()
+        each.record()
+    assert (graphed.discriminator_step.graphs, graphed.generator_step.graphs) == (1, 1)
+    assert graphed.history == plain.history
+    first, second = (leaves([part.state_dict() for part in t.parts().values()]) for t in (plain, graphed))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert (
+            torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name]
+        ), name
+
+
 def test_killed_and_resumed_is_uninterrupted(dcgan, tmp_path, capsys):
     """The kill comes in the middle of an epoch of 7 steps, and of writing the third checkpoint."""
     options = [*TINY, "--epochs", "2", "--penalty", "wgan-gp", "--checkpoint-every", "3"]

@@ -23,7 +23,7 @@ PASSED, FAILED, TIMED_OUT, UNFINISHED, REFUSED = "passed", "failed", "timed out"
 EXIT_UNFINISHED = 3
 #: Of a stage. A stage that is stopped has so long to write what it has.
 SECONDS, GRACE = 560.0, 15.0
-TIERS = ["tests/test_gpu.py", "tests/test_gpu_recurrence.py"]
+TIERS = ["tests/test_gpu.py", "tests/test_gpu_graphed.py", "tests/test_gpu_recurrence.py"]
 NO_GPU = "PyTorch sees no NVIDIA GPU"
 
 
