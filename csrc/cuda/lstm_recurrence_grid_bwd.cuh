@@ -181,19 +181,18 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_bwd_kernel(const LstmBw
         c_now = c_before;
         d_gates.move(-1);
         d_c.move(-1);
-        __syncwarp();
+        __syncwarp();  // all have read
         put_gates(stage.gates, kTileCores<T>, delta, me.lane);
         __syncwarp();
         publish<kGates>(exchange.dgates.step(done) + row_group * bytes + own_cores * sizeof(Core<T>), stage.gates, me.lane);
       }
       grid_arrive(exchange.row(row_group));
 
-      // While dgates are on their way to the others.
+      // While dgates are on their way to the others. The stage is put again only behind the next __syncthreads.
       if (me.owns_cells) {
         Pieces<T, kGates>::store(stage.gates, kTileCores<T>, dgx, aligned, me.first_row, me.first_unit, me.lane);
         dgx.move(-1);
         if (step > 0) ask(step - 1);
-        __syncwarp();  // the stage is free
       }
 
       grid_wait(exchange.row(row_group), (done + 1) * plan.columns);

@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_fwd_kernel(const LstmFw
           h.set(r, s.o * tanh_(c[r]));
           activated.set(r, s);
         }
-        __syncwarp();
+        __syncwarp();  // all have read
         put_cells(stage.units, h, me.lane);
         if (saves) put_gates(stage.gates, kTileCores<T>, activated, me.lane);
         __syncwarp();
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_fwd_kernel(const LstmFw
       grid_arrive(exchange.arrived);
       ++done;
 
-      // While h is on its way to the others.
+      // While h is on its way to the others. The stage is put again only behind the next __syncthreads.
       if (me.owns_cells) {
         Pieces<T, 1>::each(me.lane, [&](int, int core, int row, int unit, int) {
           const auto piece = t < slice.length(me.first_row + row) ? stage.units[core].row[row] : zeros<T, kVectorWidth<T>>();
@@ -150,7 +150,6 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_fwd_kernel(const LstmFw
           saved_gates.move(1);
           saved_c.move(1);
         }
-        __syncwarp();  // the stage is free
       }
     }
 

@@ -30,8 +30,8 @@ KEPT_SECONDS = 24 * 3600.0
 VARIANTS = {
     # An access that the hardware would refuse as misaligned traps.
     "plain": (["-O2", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"], []),
-    "asan": (["-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"], ["-DCUDA_EMULATOR_ASAN"]),
-    "tsan": (["-O1", "-g", "-fsanitize=thread"], ["-DCUDA_EMULATOR_TSAN"]),
+    "asan": (["-O1", "-g1", "-fsanitize=address", "-fno-omit-frame-pointer"], ["-DCUDA_EMULATOR_ASAN"]),
+    "tsan": (["-O1", "-g1", "-fsanitize=thread"], ["-DCUDA_EMULATOR_TSAN"]),
 }
 
 

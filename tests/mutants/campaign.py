@@ -128,7 +128,7 @@ class Campaign:
                 yield self._tested(workspace, source, mutant, limits, {VARIABLE: str(number)})
         for number in sorted(switched.alone):
             workspace.write(source.path, mutants[number].applied(text))
-            messages = workspace.build()
+            messages = workspace.build(source)
             if messages is not None:
                 yield Result(mutants[number], "invalid", 0.0, errors_of(messages))
             else:
@@ -140,7 +140,7 @@ class Campaign:
         for _ in range(6):
             rendered = switched.render()
             workspace.write(source.path, rendered)
-            messages = workspace.build()
+            messages = workspace.build(source)
             if messages is None:
                 return
             if not switched.refused(rendered, messages, Path(source.path).name):
@@ -148,7 +148,7 @@ class Campaign:
         # Something that cannot be told from the messages: every mutant is compiled by itself.
         switched.alone.update(range(len(switched.mutants)))
         workspace.restore(source.path)
-        if (messages := workspace.build()) is not None:
+        if (messages := workspace.build(source)) is not None:
             raise BaselineError(f"{source.path} does not compile:\n{errors_of(messages)}")
 
     @staticmethod

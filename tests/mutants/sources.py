@@ -22,22 +22,30 @@ class Source:
         kit: ``python`` and ``triton`` files are only replaced, those of ``emulator`` and ``cpu`` are compiled.
         stages: arguments of the pytest runs, one after the other, those that find most mutants first.
         barrier_stages: the runs for removed barriers, where `stages` runs on one thread and cannot tell.
+        tiers: of the recurrence on GPUs, where the tests run these alone: no other kernels are compiled.
     """
 
     path: str
     kit: str
     stages: tuple[tuple[str, ...], ...]
     barrier_stages: tuple[tuple[str, ...], ...] = ()
+    tiers: tuple[str, ...] = ()
 
 
 def _selected(expression: str, *files: str) -> tuple[str, ...]:
     return (*files, "-k", expression)
 
 
+def _resident(path: str, *tiers: str) -> Source:
+    """Kernels of the recurrence with resident weights. Long sequences and large layers find nothing that others do not."""
+    quick = "not 33 and not 512 and not 768 and not declined and not chosen"
+    stages = tuple(
+        (*_selected(quick, f"tests/ops/test_lstm_recurrence_{tier}.py"), "-m", "not slow") for tier in tiers
+    )
+    return Source(path, "emulator", stages, tiers=tiers)
+
+
 _EMULATOR = (("tests/emulator/test_lstm_gates_emulated.py",),)
-_BLOCK = (("tests/ops/test_lstm_recurrence_block.py", "-m", "not slow"),)
-_CLUSTER = (("tests/ops/test_lstm_recurrence_cluster.py", "-m", "not slow"),)
-_GRID = (("tests/ops/test_lstm_recurrence_grid.py", "-m", "not slow"),)
 _CPU_GATES = (
     _selected(_NOT_CPU, "tests/ops/test_lstm_gates.py"),
     _selected("gates", "tests/ops/test_cpu_bounds.py"),
@@ -131,29 +139,37 @@ SOURCES = [
     Source("csrc/cpu/lstm_layer.cpp", "cpu", _CPU_LAYER),
     Source("csrc/cpu/lstm_recurrence.cpp", "cpu", _CPU_RECURRENCE + _THREADS),
     Source("csrc/cuda/grid_barrier.h", "emulator", (("tests/emulator/test_grid.py", "-m", "not slow"),)),
-    Source("csrc/cuda/lstm_recurrence_views.cuh", "emulator", _BLOCK),
-    Source("csrc/cuda/lstm_recurrence_block.cuh", "emulator", _BLOCK),
-    Source("csrc/cuda/lstm_recurrence_block_fwd_float32.cu", "emulator", _BLOCK),
-    Source("csrc/cuda/lstm_recurrence_block_bwd_float32.cu", "emulator", _BLOCK),
-    Source("csrc/cuda/lstm_recurrence_block_fwd.cuh", "emulator", _BLOCK),
-    Source("csrc/cuda/lstm_recurrence_block_fwd.cu", "emulator", _BLOCK),
-    Source("csrc/cuda/lstm_recurrence_block_bwd.cuh", "emulator", _BLOCK),
-    Source("csrc/cuda/lstm_recurrence_block_bwd.cu", "emulator", _BLOCK),
-    Source("csrc/cuda/lstm_recurrence_operands.cuh", "emulator", _BLOCK),
-    Source("csrc/cuda/lstm_recurrence_tiles.cuh", "emulator", _CLUSTER + _GRID),
-    Source("csrc/cuda/lstm_recurrence_cluster.cuh", "emulator", _CLUSTER),
-    Source("csrc/cuda/lstm_recurrence_cluster_fwd.cuh", "emulator", _CLUSTER),
-    Source("csrc/cuda/lstm_recurrence_cluster_fwd.cu", "emulator", _CLUSTER),
-    Source("csrc/cuda/lstm_recurrence_cluster_bwd.cuh", "emulator", _CLUSTER),
-    Source("csrc/cuda/lstm_recurrence_cluster_bwd.cu", "emulator", _CLUSTER),
-    Source("csrc/cuda/lstm_recurrence_grid.cuh", "emulator", _GRID),
-    Source("csrc/cuda/lstm_recurrence_grid_fwd.cuh", "emulator", _GRID),
-    Source("csrc/cuda/lstm_recurrence_grid_bwd.cuh", "emulator", _GRID),
-    Source("csrc/cuda/lstm_recurrence_grid_plan.h", "emulator", _GRID),
-    Source("csrc/cuda/lstm_recurrence_grid_fwd_float32.cu", "emulator", _GRID),
-    Source("csrc/cuda/lstm_recurrence_grid_bwd_float32.cu", "emulator", _GRID),
-    Source("python/fuseblock/launch/lstm_grid.py", "python", _GRID),
-    Source("python/fuseblock/launch/resident_recurrence.py", "python", _BLOCK),
+    _resident("csrc/cuda/lstm_recurrence_views.cuh", "block"),
+    _resident("csrc/cuda/lstm_recurrence_block.cuh", "block"),
+    _resident("csrc/cuda/lstm_recurrence_block_fwd_float32.cu", "block"),
+    _resident("csrc/cuda/lstm_recurrence_block_bwd_float32.cu", "block"),
+    _resident("csrc/cuda/lstm_recurrence_block_fwd.cuh", "block"),
+    _resident("csrc/cuda/lstm_recurrence_block_fwd.cu", "block"),
+    _resident("csrc/cuda/lstm_recurrence_block_bwd.cuh", "block"),
+    _resident("csrc/cuda/lstm_recurrence_block_bwd.cu", "block"),
+    _resident("csrc/cuda/lstm_recurrence_operands.cuh", "block"),
+    _resident("csrc/cuda/lstm_recurrence_tiles.cuh", "cluster", "grid"),
+    _resident("csrc/cuda/lstm_recurrence_cluster.cuh", "cluster"),
+    _resident("csrc/cuda/lstm_recurrence_cluster_fwd.cuh", "cluster"),
+    _resident("csrc/cuda/lstm_recurrence_cluster_fwd.cu", "cluster"),
+    _resident("csrc/cuda/lstm_recurrence_cluster_bwd.cuh", "cluster"),
+    _resident("csrc/cuda/lstm_recurrence_cluster_bwd.cu", "cluster"),
+    _resident("csrc/cuda/lstm_recurrence_grid.cuh", "grid"),
+    _resident("csrc/cuda/lstm_recurrence_grid_fwd.cuh", "grid"),
+    _resident("csrc/cuda/lstm_recurrence_grid_bwd.cuh", "grid"),
+    _resident("csrc/cuda/lstm_recurrence_grid_plan.h", "grid"),
+    _resident("csrc/cuda/lstm_recurrence_grid_fwd_float32.cu", "grid"),
+    _resident("csrc/cuda/lstm_recurrence_grid_bwd_float32.cu", "grid"),
+    Source(
+        "python/fuseblock/launch/lstm_grid.py",
+        "python",
+        (("tests/ops/test_lstm_recurrence_grid.py", "-m", "not slow"),),
+    ),
+    Source(
+        "python/fuseblock/launch/resident_recurrence.py",
+        "python",
+        (("tests/ops/test_lstm_recurrence_block.py", "-m", "not slow"),),
+    ),
     Source("csrc/cuda/batch_norm_act.cuh", "emulator", _NORM_CUDA),
     Source("csrc/cuda/batch_norm_act.cu", "emulator", _NORM_CUDA),
     Source("csrc/math/scalar.h", "emulator", _NORM_CUDA + _EMULATOR),
@@ -195,7 +211,6 @@ SOURCES = [
     Source("csrc/cpu/upfirdn2d.cpp", "cpu", _IMAGES_CPU),
     Source("csrc/cuda/upfirdn2d.cuh", "emulator", _IMAGES_CUDA),
     Source("csrc/cuda/upfirdn2d.cu", "emulator", _IMAGES_CUDA),
-    Source("kernels/upfirdn2d.py", "triton", (_selected("triton", _IMAGES),)),
     Source(
         "python/fuseblock/reference/upfirdn2d.py", "python", (_selected("reference or opcheck", _IMAGES),)
     ),

@@ -102,9 +102,12 @@ class Workspace:
     def restore(self, path: str) -> None:
         self.write(path, (ROOT / path).read_text())
 
-    def build(self) -> str | None:
-        """Compile what the kit needs. None, or the compiler's messages if it fails."""
-        if self.kit == "emulator":
+    def build(self, source: Source) -> str | None:
+        """Compile what the tests of a source need. None, or the compiler's messages if it fails."""
+        if self.kit == "emulator" and source.tiers:
+            load = f"from tests.emulator import load_recurrence; list(map(load_recurrence, {source.tiers}))"
+            command = [sys.executable, "-c", load]
+        elif self.kit == "emulator":
             program = "from tests.emulator.test_emulator import program; program('plain')"
             command = [sys.executable, "-c", f"from tests.emulator import load; load(); {program}"]
         elif self.kit == "cpu":

@@ -136,6 +136,24 @@ def test_every_class_of_float32(grid: GridOps, steps: int) -> None:
         assert teams[grid.kernels.last_launch()[0]].steps == steps
 
 
+#: Multiprocessors, batch, hidden, directions: three tiles of rows in a job; two; two, with sums of more row groups than are
+#: loaded at once.
+SEVERAL_TILES = [(2, 17, 24, 2), (3, 25, 72, 1), (18, 12, 136, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("multiprocessors", "batch", "hidden", "directions"), SEVERAL_TILES)
+def test_parity_of_several_tiles(
+    grid: GridOps, multiprocessors: int, batch: int, hidden: int, directions: int, dtype: torch.dtype
+) -> None:
+    grid.kernels.multiprocessors = multiprocessors
+    problem = case(4, batch, hidden, directions, True)
+    assert problem.lengths is not None
+    assert any(a != b for a, b in zip(problem.lengths, problem.lengths[8:], strict=False))
+    check_forward(grid, problem, dtype)
+    check_backward(grid, problem, dtype)
+
+
 def test_every_pair_of_sizes_is_tested() -> None:
     columns = [STEPS, BATCHES, HIDDENS, (1, 2), (False, True), (8, 132), DTYPES]
     for (m, one), (n, other) in itertools.combinations(enumerate(columns), 2):

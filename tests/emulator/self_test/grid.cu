@@ -29,6 +29,8 @@ __global__ void spread_kernel(float* y, GridBarrier* barrier, int steps) {
       grid_arrive(barrier);
     }
   }
+  // As warps that wait each for itself do: the counters stay until the last of them has seen the end.
+  if (kMistake == kNoGridMistake && threadIdx.x == blockDim.x - 1) wait_for_count(&barrier->arrived, steps * gridDim.x);
   if (kMistake != kGridNoLeave) grid_leave(barrier, gridDim.x);
 }
 
