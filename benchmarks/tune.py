@@ -36,6 +36,8 @@ from fuseblock import _tables
 #: Times this close count as equal: the plain rule's choice among them is the best.
 MARGIN = 1.02
 COMPLETE, WRONG, USAGE, UNFINISHED = 0, 1, 2, 3
+#: In the place of a label: nobody could be asked.
+_CONTEST = "contest"
 _CONFIGS = Path(__file__).resolve().parents[1] / "kernels" / "configs"
 
 
@@ -86,6 +88,29 @@ class Document:
     def find(self, op: str, key: dict[str, Any], part: str = "ops") -> dict[str, Any] | None:
         """The entry of a question, or None; ``part``: ``ops``, or ``failed`` for those that nobody answered."""
         return next((e for e in self._content.get(part, {}).get(op, ()) if e["key"] == key), None)
+
+    def entry(self, op: str, key: dict[str, Any]) -> dict[str, Any] | None:
+        """What is known of a question: its entry, answered or not."""
+        return self.find(op, key) or self.find(op, key, "failed")
+
+    def has(self, question: Question, key: dict[str, Any], device: str) -> bool:
+        """Whether it has of a question what asking it now would give: of all who can run by now.
+
+        Who was wrong is asked again by another version, and a stack when its backends have been measured since.
+        """
+        entry = self.entry(question.op, key)
+        if entry is None:
+            return False
+        excluded, run = entry.get("excluded", {}), entry.get("run", 0)
+        runs = self._content["runs"]
+        if excluded and run < len(runs) and runs[run].get("git") != runs[-1].get("git"):
+            return False
+        for inner in question.within():
+            found = self.entry(inner.op, of_inner := inner.key())
+            if found is None or found.get("run", 0) > run or not self.has(inner, of_inner, device):
+                return False
+        measured = {*entry.get("times", ()), *excluded}
+        return _CONTEST in excluded or measured.issuperset(question.labels(device))
 
     def put(self, op: str, key: dict[str, Any], outcome: Outcome) -> None:
         """Write down an outcome, in the place of an earlier one."""
@@ -179,7 +204,7 @@ def _answer(question: Question, args: argparse.Namespace) -> Outcome:
         try:
             return settle(question.contest(args.device, args.seed), budget_s=args.seconds, cuda=cuda)
         except Exception as error:  # not enough memory for the reference, for example
-            return Outcome({}, {"contest": one_line(error)})
+            return Outcome({}, {_CONTEST: one_line(error)})
 
 
 def _device_broken(cuda: bool) -> bool:
@@ -196,7 +221,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks tune",
         description="Measure who is fastest at which sizes on this GPU, and write the table that dispatch reads.",
-        epilog="exit status: 0 complete; 3 the budget is spent, run it again to go on; 1 a candidate was wrong or failed",
+        epilog="exit status: 0 complete; 3 the budget is spent, run it again to go on; 1 a candidate was wrong or "
+        "failed, now or when it was measured",
     )
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only rehearses (with --out)")
@@ -233,8 +259,8 @@ def main(
         ask: gives the questions, from precisions and patterns of cases.
 
     Returns:
-        0 when the table is complete, 3 when the budget ended before, 1 when a candidate was wrong or failed, 2 for a
-        usage error.
+        0 when the table is complete, 3 when the budget ended before, 1 when a candidate was wrong or failed, now or when
+        it was measured, 2 for a usage error.
     """
     deadline = time.perf_counter()
     args = _parser().parse_args(argv)
@@ -257,11 +283,10 @@ def main(
     except (OSError, ValueError) as error:
         print(f"error: {path}: {error}", file=sys.stderr)
         return USAGE
-    known = [any(document.find(q.op, key, part) for part in ("ops", "failed")) for q, key in questions]
-    pending = [pair for pair, is_known in zip(questions, known, strict=True) if args.again or not is_known]
+    pending = [(q, key) for q, key in questions if args.again or not document.has(q, key, args.device)]
     print(f"{name}: {len(pending)} of {len(questions)} questions to measure, at most {args.budget:.0f} s")
 
-    done, excluded = 0, []
+    done, broken = 0, False
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
@@ -274,20 +299,26 @@ def main(
             with _tables.using(document.table()):
                 outcome = _answer(question, args)
             document.put(question.op, key, outcome)
-            excluded += [f"{question.name}: {label}: {why}" for label, why in outcome.excluded.items()]
             done += 1
             gc.collect()
-            if _device_broken(cuda):
-                excluded.append("the GPU cannot be used any more by this process; run again to go on")
+            if broken := _device_broken(cuda):
                 break
 
     _summary(document)
     print(f"{path}: {done} measured, {len(pending) - done} left")
     if cuda and (hint := unread(path, name)):
         print(hint)
-    for text in excluded:
+    # Of earlier runs, too: what is wrong stays wrong until it is measured again.
+    errors = [
+        f"{question.name}: {label}: {why}"
+        for question, key in questions
+        for label, why in (document.entry(question.op, key) or {}).get("excluded", {}).items()
+    ]
+    if broken:
+        errors.append("the GPU cannot be used any more by this process; run again to go on")
+    for text in errors:
         print(f"error: {text}", file=sys.stderr)
-    return WRONG if excluded else UNFINISHED if done < len(pending) else COMPLETE
+    return WRONG if errors else UNFINISHED if done < len(pending) else COMPLETE
 
 
 def unread(path: Path, gpu: str) -> str | None:

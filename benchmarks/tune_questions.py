@@ -138,6 +138,21 @@ class Question:
                 key = question.key(args)
             return _tables.plain_key(key)
 
+    def labels(self, device: str) -> list[str]:
+        """Who would take part, in the order of the plain rule."""
+        if self.op == "lstm":
+            return ["aten", "ours"]
+        with self.settings():
+            args = self._forward_args(device, seed=None)
+            if self.op == "lstm_recurrence_bwd":
+                args = self._backward_args(args, args[0], args[2])
+            return [c.label for c in _able(self.op, args)]
+
+    def within(self) -> list[Question]:
+        """Of a stack: what the choice of its backends asks."""
+        inner = OPS[:2] if self.op == "lstm" else ()
+        return [replace(self, op=op) for op in inner if _asked(op, self.case, self.mode)]
+
     def contest(self, device: str, seed: int) -> Contest:
         """The rivals on tensors of a device."""
         prepare = self._stacks if self.op == "lstm" else self._candidates
@@ -167,21 +182,22 @@ class Question:
         if self.op == "lstm_recurrence_bwd":
             *_, gates, c = _equations("lstm_recurrence")(*args)
             args = self._backward_args(args, gates, c)
-        able = [c for c in dispatch.candidates(self.op) if c.why_not(*args) is None]
-        # The equations are what runs where nothing else can, and slow.
-        able = [c for c in able if c.name != "reference"] or able
-        rivals = {c.label: Rival(partial(_named, self.op, c.run, args)) for c in able}
+        runs = {c.label: c.run for c in _able(self.op, args) if c.run is not None}
+        rivals = {label: Rival(partial(_named, self.op, run, args)) for label, run in runs.items()}
         exact = [_double(x) for x in args]
         equations = _equations(self.op)
         return rivals, _named(self.op, equations, exact), _named(self.op, equations, args)
 
-    def _forward_args(self, device: str, seed: int) -> tuple[Any, ...]:
+    def _forward_args(self, device: str, seed: int | None) -> tuple[Any, ...]:
+        """seed: of random values; None: they are undefined."""
         case, state = self.case, state_dtype(self.dtype)
-        generator = torch.Generator().manual_seed(seed)
-        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed or 0)
+        torch.manual_seed(seed or 0)
         d, h, p = case.directions, case.hidden, case.proj or case.hidden
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
+            if seed is None:
+                return torch.empty(shape, dtype=self.dtype, device=device)
             return (torch.randn(shape, device=device) * scale).to(self.dtype)
 
         return (
@@ -216,6 +232,12 @@ def _equations(op: str) -> Callable[..., Any]:
     (run,) = (c.run for c in dispatch.candidates(op) if c.name == "reference")
     assert run is not None
     return run
+
+
+def _able(op: str, args: tuple[Any, ...]) -> list[dispatch.Candidate]:
+    """Who can run it; the equations, which are slow, where nobody else can."""
+    able = [c for c in dispatch.candidates(op) if c.why_not(*args) is None]
+    return [c for c in able if c.name != "reference"] or able
 
 
 def _named(op: str, run: Callable[..., Any], args: Iterable[Any]) -> Results:

@@ -161,6 +161,47 @@ def test_who_is_wrong_or_fails_is_left_out_and_reported(
         assert entry["excluded"]["cuda (wrong)"].startswith("y is off by ")
         assert entry["excluded"]["cuda (at_first_right)"].startswith("y is off by ")
 
+    # Nothing is measured, and the same is said.
+    assert run(out, "--dtype", "float32") == tune.WRONG
+    again = capsys.readouterr()
+    assert "0 of 5 questions" in again.out
+    assert again.err == printed
+
+    # Another version may have mended it.
+    candidates(monkeypatch, wrong=right)
+    document = json.loads(out.read_text())
+    document["runs"][0]["git"]["commit"] = "of another version"
+    out.write_text(json.dumps(document))
+    assert run(out, "--dtype", "float32") == tune.COMPLETE
+    assert all("excluded" not in entry for entry in read(out)["ops"]["lstm_recurrence"])
+
+
+def test_candidates_that_came_later_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the stacks that may run on them."""
+    out = tmp_path / "table.json"
+    assert run(out, "--dtype", "float32", "--dtype", "float16") == tune.COMPLETE
+    before = read(out)["ops"]
+    right = dispatch.candidates("lstm_recurrence")[-1].run
+    listed = dispatch.candidates("lstm_recurrence")
+    further = dispatch.Candidate("cuda", right, _not_in_float16, variant="further")
+    monkeypatch.setitem(dispatch._CANDIDATES, "lstm_recurrence", (*listed, further))
+    assert run(out, "--dtype", "float32", "--dtype", "float16") == tune.COMPLETE
+    assert "4 of 10 questions" in capsys.readouterr().out
+    after = read(out)["ops"]
+    assert after["lstm_recurrence_bwd"] == before["lstm_recurrence_bwd"]
+    for entry in after["lstm_recurrence"]:
+        names = {"cpu", "cuda (further)"} if entry["key"]["dtype"] == "float32" else {"cpu"}
+        assert set(entry["times"]) == names
+    assert {e["key"]["dtype"] for e in after["lstm"] if e["run"] == 1} == {"float32"}
+    assert run(out, "--dtype", "float32", "--dtype", "float16") == tune.COMPLETE
+    assert "0 of 10 questions" in capsys.readouterr().out
+
+
+def _not_in_float16(gx: torch.Tensor, *args: Any) -> str | None:
+    return "not in float16" if gx.dtype is torch.float16 else None
+
 
 def test_a_question_that_nobody_answers_is_not_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -175,8 +216,10 @@ def test_a_question_that_nobody_answers_is_not_asked_again(
     document = read(out)
     assert document["ops"] == {}
     assert document["failed"]["lstm"][0]["excluded"] == {"contest": "MemoryError: the reference is too large"}
-    assert run(out, "--dtype", "float32") == tune.COMPLETE
-    assert "0 of 5 questions" in capsys.readouterr().out
+    assert run(out, "--dtype", "float32") == tune.WRONG
+    printed = capsys.readouterr()
+    assert "0 of 5 questions" in printed.out
+    assert "contest: MemoryError: the reference is too large" in printed.err
     assert run(out, "--dtype", "float32", "--again") == tune.COMPLETE
     document = read(out)
     assert len(document["ops"]["lstm"]) == 2
