@@ -3,7 +3,8 @@
 forward   a_t = gx_t + h W_hh^T, then the step of kernels/lstm_gates.py
 backward  in reverse: dh_t = dy_t + delta_next W_hh;  delta_t and dc from lstm_step_bwd
 One program owns BLOCK_B rows of the batch in one direction and walks through all T steps, so no program waits for
-another. W_hh is one (BLOCK_H, BLOCK_H) tile per gate, H padded with zeros: a padded unit has a = c' = h' = 0.
+another. W_hh is one (BLOCK_H, BLOCK_H) tile per gate, H padded with zeros. Padded units are kept zero: where others are
+infinite, their products with weights of zero are NaN.
 gx (T, B, D*4H), y (T, B, D*H), w_hh (D, 4H, H). Saved, as by every engine: gates (T, B, D*4H) activated and c (T, B, D*H),
 float32 for 16-bit inputs. h is rounded to the dtype of y at each step; c, dh and dc are carried in float32. Rows are
 active at t < length; inactive rows carry their state and give zeros. The next step's input is fetched before the dots.
@@ -99,7 +100,7 @@ def lstm_recurrence_fwd_kernel(
         a_g = tl.dot(h, w_g, x_g.to(tl.float32), input_precision=PRECISION)
         a_o = tl.dot(h, w_o, x_o.to(tl.float32), input_precision=PRECISION)
         i, f, g, o, c_new, tanh_c = lstm_step(a_i, a_f, a_g, a_o, c)
-        h_new = (o * tanh_c).to(h.dtype)
+        h_new = tl.where(mask, (o * tanh_c).to(h.dtype), 0.0)
         y = h_new
         if lengths_ptr is not None:
             active = t < length
@@ -246,6 +247,7 @@ def lstm_recurrence_bwd_kernel(
         dh = tl.dot(d_f, w_f, dh, input_precision=PRECISION)
         dh = tl.dot(d_g, w_g, dh, input_precision=PRECISION)
         dh = tl.dot(d_o, w_o, dh, input_precision=PRECISION)
+        dh = tl.where(mask, dh, 0.0)
         dc, c_new = dc_prev, c_prev
         t += sign
     tl.store(tile_ptrs(dh0_ptr + state_offset, row, unit, hidden, ALIGNED), dh, mask=mask)

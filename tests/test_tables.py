@@ -196,6 +196,20 @@ def test_the_question_of_tf32() -> None:
         matmul.fp32_precision = before
 
 
+@pytest.mark.usefixtures("fake_cuda")
+def test_explain_of_a_gpu_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of an H200; also Triton's candidates, where they are compiled rather than interpreted."""
+    pytest.importorskip("triton")
+    from fuseblock.launch import _triton
+
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    reasons = dict(fuseblock.explain("lstm_recurrence", *recurrence_args(hidden=128)).reasons)
+    assert reasons["triton (persistent)"] is reasons["triton (per step)"] is None
+    reasons = dict(fuseblock.explain("lstm_recurrence_bwd", *backward_args()).reasons)
+    assert "does not fit on chip" in str(reasons["triton (persistent)"])
+    assert reasons["triton (fused step)"] is reasons["triton (per step)"] is None
+
+
 # --- a layer's engine
 
 

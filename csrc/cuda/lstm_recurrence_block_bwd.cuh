@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBwd 
 #pragma unroll
   for (int n = 0; n < 2 * kTiles; ++n) {
     const int tile = n / 2, r = n % 2, row = tile * kTileRows + me.row + r;
-    length[tile][r] = slice.length(row);
+    length[tile][r] = slice.length(row, me.unit);
     Vec<T, 2> dh_n = zeros<T, 2>();
     Vec<float, 2> dc_n = zeros<float, 2>();
     if (op.dh_n != nullptr) dh_n = slice.state(static_cast<const T*>(op.dh_n)).template load<2>(row, me.unit);
@@ -143,6 +143,7 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_bwd_kernel(const LstmBwd 
         const Vec<T, 2> dy_own = has_dy ? dy_now.template at<2>(row, me.unit) : zeros<T, 2>();
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
+          if (!slice.has_unit(me.unit + u)) continue;
           const GatesBwd<float> d =
               lstm_step_bwd(s[u], c_before[tile][r][u], tanh_(c_now[tile][r][u]), dh[tile][r][u] + dy_own[u],
                             dc[tile][r][u], extra[u]);

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmFwd 
   for (int n = 0; n < 2 * kTiles; ++n) {
     const int row = n / 2 * kTileRows + me.row + n % 2;
     c[n / 2][n % 2] = c0.template load<2>(row, me.unit);
-    length[n / 2][n % 2] = slice.length(row);
+    length[n / 2][n % 2] = slice.length(row, me.unit);
   }
   __syncthreads();
 
@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmFwd 
       h_now.template at<2>(row, me.unit) = h_new;
       if (saves) {
         put_own_gates<T, H>(gates, row, me.unit, activated);
+          if (!slice.has_unit(me.unit + u)) continue;
         cells.template at<2>(row, me.unit) = c[tile][r];
       }
     }

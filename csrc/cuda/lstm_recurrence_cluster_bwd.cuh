@@ -117,7 +117,7 @@ __device__ __forceinline__ void backward(const LstmBwd& op) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         dh[n].set(r, dh_n[r]);
-        length[n][r] = slice.length(row_of(n) + r);
+        length[n][r] = slice.length(row_of(n) + r, unit);
       }
     }
   }

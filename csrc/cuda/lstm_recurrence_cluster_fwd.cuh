@@ -78,7 +78,7 @@ __device__ __forceinline__ void forward(const LstmFwd& op) {
       arriving[n].put(shared->stage[me.group][me.tile(n)].gates, me);
       h[n] = load_cells<T>(h0, row, unit);
       c[n] = load_cells<float>(c0, row, unit);
-      for (int r = 0; r < 2; ++r) length[n][r] = slice.length(row + r);
+      for (int r = 0; r < 2; ++r) length[n][r] = slice.length(row + r, unit);
       piece_length[n] = slice.length(first_row + me.index % kTileRows);
     }
   }

@@ -13,10 +13,15 @@ namespace fuseblock {
 
 }  // namespace fuseblock
 
-// dtype: fuseblock::DType number of T. workspace: zeros; as many as launch/lstm_grid.py says, so that nothing is left to reset.
+// dtype: fuseblock::DType number of T. workspace: as large as launch/lstm_grid.py says; it begins with counters, which
+// are zero, so that nothing is left to reset.
 // Blocks that cannot all run at the same time are an error, cudaErrorCooperativeLaunchTooLarge. Streams that are captured into a
 // CUDA graph take the launch, too: cudaLaunchAttributeCooperative is valid for launches and for graph nodes.
 extern "C" {
 int launch_lstm_grid_fwd(const fuseblock::LstmFwd* op, int dtype, void* stream);
 int launch_lstm_grid_bwd(const fuseblock::LstmBwd* op, int dtype, void* stream);
+// Blocks that run at the same time on the current device, of the instance with most registers, whatever H: 0 where it has no
+// cooperative launches. Shared memory is the plan's affair.
+int lstm_grid_fwd_resident(int64_t hidden, int dtype);
+int lstm_grid_bwd_resident(int64_t hidden, int dtype);
 }

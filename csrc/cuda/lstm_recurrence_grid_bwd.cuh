@@ -51,10 +51,10 @@ struct BwdExchange {
   Counter *rows, *columns;
   Ring dgates, partials;
 
-  __device__ BwdExchange(void* workspace, const Plan& plan, int64_t dgates_bytes) {
-    rows = static_cast<Counter*>(workspace);
+  __device__ BwdExchange(const TeamSpace& space, const Plan& plan, int64_t dgates_bytes) {
+    rows = space.counters;
     columns = rows + plan.rows;
-    dgates = {reinterpret_cast<unsigned char*>(columns + 2 * plan.columns), plan.rows * dgates_bytes};
+    dgates = {space.data, plan.rows * dgates_bytes};
     partials = {dgates.data + 2 * dgates.bytes,
                 int64_t{plan.blocks} * plan.groups * plan.tiles * plan.rows * int64_t{sizeof(PartialTile)}};
   }
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_bwd_kernel(const LstmBw
   const int row_group = me.member / plan.columns, column_group = me.member % plan.columns;
   const int row_units = plan.columns * plan.groups * kTileUnits;  // of a row group
   const int bytes = plan.tiles * Shared::kTileGateCores * static_cast<int>(sizeof(Core<T>));
-  const BwdExchange exchange(static_cast<char*>(op.workspace) + me.team * plan.team_bytes, plan, bytes);
+  const BwdExchange exchange(TeamSpace(op.workspace, plan, me.team), plan, bytes);
   // Own cells in the dgates of a row group and in the partial sums of a step.
   const int own_cores = me.tile * Shared::kTileGateCores + (column_group * plan.groups + me.group) * kGates * kTileCores<T>;
   const int own_partials = (me.first_unit / kTileUnits * plan.tiles + me.tile) * plan.rows;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_bwd_kernel(const LstmBw
         const Vec<T, 2> dh_n = load_cells<T>(slice.state(static_cast<const T*>(op.dh_n)), me.row, me.unit);
         for (int r = 0; r < 2; ++r) dh.set(r, dh_n[r]);
       }
-      for (int r = 0; r < 2; ++r) length[r] = slice.length(me.row + r);
+      for (int r = 0; r < 2; ++r) length[r] = slice.length(me.row + r, me.unit);
     }
     // dh of own cells as the step before `t` got it, from the partial sums of the step at t.
     const auto collect = [&](int t) {
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_bwd_kernel(const LstmBw
       }
 
       grid_wait(exchange.row(row_group), (done + 1) * plan.columns);
-      gather(shared.dgates, exchange.dgates.step(done) + row_group * bytes, bytes);
+      gather(shared.dgates, exchange.dgates.step(done) + row_group * bytes, 1, bytes, bytes);
 
       // Partial sums of a tile of rows after the other: a lane has two neighbouring units of the warp's 16.
       const int group = column_group * (kColumns / kTileUnits) + me.warp * 2 + me.lane.unit / 4;

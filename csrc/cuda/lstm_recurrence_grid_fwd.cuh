@@ -23,7 +23,8 @@ struct FwdShared {
   }
 };
 
-// A team's part of the workspace: a counter of its blocks, h of two steps.
+// A team's part of the workspace: a counter of its blocks, h of two steps. Padded H may reach beyond the units that blocks own:
+// nobody writes h there, nobody copies it, and in shared memory it stays as h0 has it, zero.
 //
 // Two are enough. A block writes h of step n + 2 over that of step n only after it has seen all arrivals of step n + 1, and
 // every block arrives there after it has copied h of step n.
@@ -31,11 +32,7 @@ struct FwdExchange {
   GridBarrier* arrived;
   Ring h;
 
-  __device__ FwdExchange(void* workspace, int64_t bytes) {
-    unsigned char* const start = static_cast<unsigned char*>(workspace);
-    arrived = &reinterpret_cast<Counter*>(start)->barrier;
-    h = {start + sizeof(Counter), bytes};
-  }
+  __device__ FwdExchange(const TeamSpace& space, int64_t bytes) : arrived(&space.counters->barrier), h{space.data, bytes} {}
 };
 
 template <class T, int kPasses, int S>
@@ -44,8 +41,9 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_fwd_kernel(const LstmFw
   const FwdShared<T, S> shared(memory, plan);
   const Place me(plan);
   Stage<T>& stage = shared.stages[me.warp];
-  const int cores = plan.tiles * shared.tile_cores, bytes = cores * static_cast<int>(sizeof(Core<T>));
-  const FwdExchange exchange(static_cast<char*>(op.workspace) + me.team * plan.team_bytes, bytes);
+  constexpr int kCoreBytes = static_cast<int>(sizeof(Core<T>));
+  const int cores = plan.tiles * shared.tile_cores, owned_cores = plan.blocks * plan.groups * kTileCores<T>;
+  const FwdExchange exchange(TeamSpace(op.workspace, plan, me.team), int64_t{cores} * kCoreBytes);
   const int own_core = me.tile * shared.tile_cores + me.first_unit / kVectorWidth<T>;
   const int parts = kWarps / plan.groups, part = me.warp / plan.groups;  // of h, one for each warp of a group
   const bool saves = op.gates != nullptr;
@@ -68,11 +66,12 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_fwd_kernel(const LstmFw
 
     Vec<float, 2> c = zeros<float, 2>();
     Vec<T, 2> h = zeros<T, 2>();
-    int length[2] = {};
+    int length[2] = {}, piece_length = 0;
     if (me.owns_cells) {
       c = load_cells<float>(slice.state(op.c0), me.row, me.unit);
       h = load_cells<T>(h0, me.row, me.unit);
-      for (int r = 0; r < 2; ++r) length[r] = slice.length(me.row + r);
+      for (int r = 0; r < 2; ++r) length[r] = slice.length(me.row + r, me.unit);
+      piece_length = slice.length(me.first_row + me.lane.index % kTileRows);
     }
 
     for (int step = 0; step < slice.steps; ++step) {
@@ -87,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_fwd_kernel(const LstmFw
       // All of h. The first step of a job waits, too: it is going to write where others may still read.
       if (done > 0) grid_wait(exchange.arrived, done * plan.blocks);
       if (step > 0) {
-        gather(shared.h, exchange.h.step(done - 1), bytes);
+        gather(shared.h, exchange.h.step(done - 1), plan.tiles, shared.tile_cores * kCoreBytes, owned_cores * kCoreBytes);
       } else {
         for (int n = threadIdx.x; n < cores * kTileRows; n += kThreads) {
           const int core = n / kTileRows, row = core / shared.tile_cores * kTileRows + n % kTileRows;
@@ -140,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_fwd_kernel(const LstmFw
       // While h is on its way to the others. The stage is put again only behind the next __syncthreads.
       if (me.owns_cells) {
         Pieces<T, 1>::each(me.lane, [&](int, int core, int row, int unit, int) {
-          const auto piece = t < slice.length(me.first_row + row) ? stage.units[core].row[row] : zeros<T, kVectorWidth<T>>();
+          const auto piece = t < piece_length ? stage.units[core].row[row] : zeros<T, kVectorWidth<T>>();
           store_piece(y, aligned, me.first_row + row, me.first_unit + unit, piece);
         });
         y.move(1);

@@ -29,7 +29,10 @@ struct Plan {
   int rows, columns, blocks;  // of a team, which are rows x columns: of its groups, backward; forward has one row
   int teams, jobs;            // jobs: 0 where nothing fits
   int shared_bytes;           // of a block
-  int64_t team_bytes;         // of the workspace
+  int counters;               // of a team, at the start of the workspace: zero before the launch
+  int64_t team_bytes;         // of a team, behind all counters: written before they are read
+
+  int64_t workspace_bytes() const { return teams * (int64_t{counters} * kCounterBytes + team_bytes); }
 };
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
@@ -41,11 +44,11 @@ inline int shared_bytes(const Plan& x, int element, bool backward) {
   return weights + x.tiles * operand + kWarps * kStageTiles * 64 * element;
 }
 
-// Counters, and what a step exchanges, twice: h, or dgates and partial sums.
+// What a step exchanges, twice: h, or dgates and partial sums.
 inline int64_t team_bytes(const Plan& x, bool backward) {
-  if (!backward) return kCounterBytes + 2 * x.tiles * 2048 * x.steps / x.groups;
+  if (!backward) return int64_t{2} * x.tiles * 2048 * x.steps / x.groups;
   const int64_t partial_sums = int64_t{256} * x.blocks * x.groups * x.rows;
-  return (x.rows + 2 * x.columns) * kCounterBytes + 2 * x.tiles * (512 * x.rows * x.steps + partial_sums);
+  return 2 * x.tiles * (512 * x.rows * x.steps + partial_sums);
 }
 
 // Clocks of a step, roughly: for waiting, and for each tile of rows for mma and for copying its operand from L2. Unmeasured;
@@ -82,6 +85,7 @@ inline Plan plan_of(const LstmShape& shape, int element, bool backward) {
       x.blocks = static_cast<int>(blocks);
       x.teams = static_cast<int>(std::min(shape.multiprocessors / blocks, jobs));
       x.shared_bytes = shared_bytes(x, element, backward);
+      x.counters = backward ? x.rows + 2 * x.columns : 1;
       x.team_bytes = team_bytes(x, backward);
       if (x.shared_bytes > shape.shared_bytes || jobs > INT32_MAX) continue;
       x.jobs = static_cast<int>(jobs);

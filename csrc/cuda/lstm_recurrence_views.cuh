@@ -87,11 +87,15 @@ struct Slice {
 
   __device__ int time(int step) const { return direction == 0 ? step : steps - 1 - step; }
 
-  // Time steps in which a row is active: t < length. Rows beyond the batch never are.
-  __device__ int length(int row) const {
-    if (row >= rows) return 0;
-    return shape.lengths == nullptr ? steps : static_cast<int>(shape.lengths[first_row + row]);
+  // Time steps in which a cell is active: t < length; those out of range count as the nearest in it. Beyond the batch and
+  // beyond H, cells never are: so padded units stay zero where others are infinite, although 0 * infinity is NaN.
+  __device__ int length(int row, int unit = 0) const {
+    if (row >= rows || unit >= hidden) return 0;
+    const int64_t given = shape.lengths == nullptr ? steps : shape.lengths[first_row + row];
+    return given < 0 ? 0 : given < steps ? static_cast<int>(given) : steps;
   }
+  // Whether the neighbour of an active cell in a pair of units is within H, too: always, but where H is odd.
+  __device__ bool has_unit(int unit) const { return kAligned || unit < hidden; }
 
   // (time, batch, directions * gates * hidden), its first step to begin with. Of an absent tensor: not to be used.
   template <class T>

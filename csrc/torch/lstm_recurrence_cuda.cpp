@@ -150,7 +150,7 @@ int64_t resident(const Tensor& w_hh, bool backward) {
 // One pair of operators for every tier.
 #define FB_LSTM_TIERS(X) X(block) X(cluster) X(grid)
 // Those that a device with the right limits may still refuse say how many of their blocks run at the same time.
-#define FB_LSTM_REFUSABLE_TIERS(X) X(cluster)
+#define FB_LSTM_REFUSABLE_TIERS(X) X(cluster) X(grid)
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fuseblock_cuda, m) {
 #define FB_DEFINE(tier)                                                                                              \

@@ -13,7 +13,7 @@ import torch
 
 import fuseblock
 from fuseblock import dispatch
-from fuseblock.launch import lstm_grid, resident_recurrence
+from fuseblock.launch import cuda_lstm_recurrence, lstm_grid, resident_recurrence
 from fuseblock.launch.gpu import A100, H200, KNOWN, Gpu
 
 from ..backends import available
@@ -56,6 +56,7 @@ def grid(monkeypatch: pytest.MonkeyPatch) -> Iterator[GridOps]:
     monkeypatch.setattr(resident_recurrence, "gpu_of", lambda x: ops.gpu)
     yield ops
     ops.kernels.shared_bytes = H200.shared_bytes
+    ops.kernels.set_device()
     ops.reset()
 
 
@@ -295,7 +296,7 @@ def test_limits_of_known_gpus() -> None:
 
 @pytest.mark.parametrize("short", [0, 1000])
 def test_too_small_a_workspace_is_an_error(grid: GridOps, short: int) -> None:
-    tier = replace(GRID, workspace_bytes=lambda *args: short)
+    tier = replace(GRID, workspace_bytes=lambda *args: (short, short))
     args = (*case(1, 3, 40, 1, False).inputs(torch.float16), None, True)
     with pytest.raises(ValueError, match="cudaError 1$"):
         resident_recurrence.lstm_recurrence(tier, grid.kernels, *args)
@@ -325,6 +326,28 @@ def test_declined_calls_run_per_step_and_say_why(kind: str, monkeypatch: pytest.
     problem, dtype, gpu, reason = DECLINED[kind]
     monkeypatch.setattr(resident_recurrence, "gpu_of", lambda x: gpu)
     assert check_declined("grid", problem, dtype, reason) == "per step"
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_blocks_that_cannot_run_at_the_same_time_are_declined(grid: GridOps, backward: bool) -> None:
+    """Although their GPU has as many multiprocessors: the driver is asked. A launch would be an error."""
+    op = "lstm_recurrence_bwd" if backward else "lstm_recurrence"
+    (candidate,) = cuda_lstm_recurrence.resident_candidates(op, {"grid": grid.kernels})
+    # Registers are not counted here, so a multiprocessor takes eight blocks of these threads.
+    for limits, largest in (({"cooperative": False}, 0), ({"multiprocessors": 1}, 256)):
+        grid.kernels.set_device(**limits)
+        for hidden in (8, 256, 1024):
+            gx, h0, c0, w_hh, _, _ = case(1, 1, hidden, 1, False).inputs(torch.float16)
+            args: tuple[Any, ...] = (gx, h0, c0, w_hh, None, None, None, False)
+            if backward:
+                args = (*5 * [None], gx, c0, c0, w_hh, None, None, None)
+            reason = candidate.why_not(*args)
+            assert (reason is None) == (hidden <= largest), (limits, hidden, reason)
+            if reason is not None:
+                assert reason.endswith(f"H = {hidden} cannot run at the same time on emulated")
+                assert candidate.run is not None
+                with pytest.raises(ValueError, match="cudaError"):
+                    candidate.run(*args)
 
 
 def test_chosen_where_a_block_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 from typing import Any, overload
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from fuseblock.kernels import lstm_gates as _kernels
 
 from .. import _tables
+from .gpu import gpu_of
 
 #: Whether kernels were decorated under TRITON_INTERPRET=1, which runs them on the CPU, for tests.
 INTERPRETED = not isinstance(_kernels.lstm_gates_fwd_kernel, triton.runtime.JITFunction)
@@ -34,19 +34,9 @@ def math_dtype(x: Tensor) -> Any:
     return _MATH_DTYPE[x.dtype]
 
 
-@cache
-def _capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-@cache
-def _shared_memory(index: int) -> int:
-    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
-
-
 def why_not_shared(x: Tensor, needed: int) -> str | None:
     """The reason why x's device cannot give `needed` bytes of shared memory to one block, or None."""
-    if INTERPRETED or (available := _shared_memory(x.get_device())) >= needed:
+    if INTERPRETED or (available := gpu_of(x).shared_bytes) >= needed:
         return None
     return f"{needed} bytes of shared memory per block are needed, {available} are there"
 
@@ -59,7 +49,7 @@ def why_not(x: Tensor) -> str | None:
         return None
     if x.device.type != "cuda":
         return f"tensors are on {x.device}, and Triton's interpreter is off (TRITON_INTERPRET=1 at import turns it on)"
-    capability = _capability(x.device.index)
+    capability = gpu_of(x).capability
     if capability < (8, 0):
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
     return None

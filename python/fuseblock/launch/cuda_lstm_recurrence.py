@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import SimpleNamespace
@@ -42,9 +43,10 @@ def _why_not_resident(
         return f"tensors are on {w_hh.device}"
     gpu = resident_recurrence.gpu_of(w_hh)
     reason = tier.why_not(w_hh, w_hr, batch_sizes, gpu)
-    if reason is None and hasattr(kernels, "resident") and kernels.resident(w_hh, op.endswith("_bwd")) == 0:
-        hidden = w_hh.shape[-2] // 4
-        return f"the {tier.name} tier's blocks for H = {hidden} cannot run at the same time on {gpu.name}"
+    if reason is None and hasattr(kernels, "resident"):
+        hidden, backward = w_hh.shape[-2] // 4, op.endswith("_bwd")
+        if kernels.resident(w_hh, backward) < tier.least_blocks(w_hh.dtype, hidden, backward, gpu):
+            return f"the {tier.name} tier's blocks for H = {hidden} cannot run at the same time on {gpu.name}"
     return reason
 
 
@@ -54,7 +56,7 @@ def _asked_once(resident: Callable[[torch.Tensor, bool], int]) -> Callable[[torc
 
     def answer(w_hh: torch.Tensor, backward: bool) -> int:
         if isinstance(w_hh, FakeTensor):
-            return 1  # there is no device to ask
+            return sys.maxsize  # there is no device to ask
         key = (w_hh.device, w_hh.dtype, w_hh.shape[-1], backward)
         if key not in answers:
             answers[key] = resident(w_hh, backward)

@@ -5,10 +5,12 @@ Every tier's launch module has ``largest_hidden(dtype, gpu) -> int``: the larges
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,11 @@ def present(device: int | None = None) -> Gpu | None:
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
     )
+
+
+_present = functools.cache(present)
+
+
+def gpu_of(x: Tensor) -> Gpu:
+    """The GPU that x is on; an H200 for CPU tensors, which emulated kernels take, and where that GPU is not here."""
+    return (_present(x.device.index) if x.device.type == "cuda" else None) or H200

@@ -10,7 +10,6 @@ memory on chip), and reads what these kernels save.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,7 +20,8 @@ from torch.nn.functional import pad
 
 from .. import _tables
 from . import lstm_grid
-from .gpu import H200, Gpu, present
+from .gpu import H200, Gpu
+from .gpu import gpu_of as gpu_of
 
 #: Offsets within the rows of a slice of the batch have 32 bits in the kernels.
 _LARGEST_ROW_STRIDE = 2**31 // 256 - 1
@@ -35,13 +35,17 @@ class Tier:
         name: ``block``, ... as in csrc/cuda/lstm_recurrence_<name>.h and the names of the operators.
         dtypes: that its kernels run in.
         largest_hidden: (dtype, gpu) -> the largest H, 0 where it cannot run at all.
-        workspace_bytes: (dtype, directions, batch, hidden, backward, gpu) -> bytes of zeros that a launch needs.
+        workspace_bytes: (dtype, directions, batch, hidden, backward, gpu) -> bytes that a launch needs beside its
+            operands, and how many of them, from the first on, must be zero.
+        least_blocks: (dtype, hidden, backward, gpu) -> blocks that must run at the same time, where they wait for each
+            other, for any launch at all.
     """
 
     name: str
     dtypes: tuple[torch.dtype, ...]
     largest_hidden: Callable[[torch.dtype, Gpu], int]
-    workspace_bytes: Callable[[torch.dtype, int, int, int, bool, Gpu], int] = lambda *args: 0
+    workspace_bytes: Callable[[torch.dtype, int, int, int, bool, Gpu], tuple[int, int]] = lambda *args: (0, 0)
+    least_blocks: Callable[[torch.dtype, int, bool, Gpu], int] = lambda *args: 1
 
     def why_not(
         self, w_hh: Tensor, w_hr: Tensor | None, batch_sizes: Tensor | None, gpu: Gpu = H200
@@ -81,7 +85,13 @@ TIERS = {
     for tier in (
         Tier("block", (*_HALF, torch.float32), _largest_of_a_block),
         Tier("cluster", _HALF, lambda dtype, gpu: 640 if gpu.has_clusters else 0),
-        Tier("grid", (*_HALF, torch.float32), lstm_grid.largest_hidden, lstm_grid.workspace_bytes),
+        Tier(
+            "grid",
+            (*_HALF, torch.float32),
+            lstm_grid.largest_hidden,
+            lstm_grid.workspace_bytes,
+            lstm_grid.least_blocks,
+        ),
     )
 }
 
@@ -90,7 +100,7 @@ class ResidentKernels(Protocol):
     """The two launches of a tier. Tensors as in `fuseblock.ops.lstm_recurrence`, outputs last.
 
     All are contiguous but gx and dy, which have contiguous columns. w_hh is padded with zeros to the next multiple of 8
-    columns. workspace: uint8 zeros, as many as the tier wants. passes: see `passes`.
+    columns. workspace: uint8, as the tier wants it. passes: see `passes`.
     """
 
     def fwd(
@@ -134,7 +144,8 @@ class ResidentKernels(Protocol):
     #
     #   resident(w_hh: Tensor, backward: bool) -> int
     #
-    # the blocks of the kernel for w_hh (D, 4H, H) that run at the same time; 0: the launch would be refused.
+    # the blocks of the kernel for w_hh (D, 4H, H) that run at the same time. With fewer than the tier's least_blocks,
+    # launches would be refused.
 
 
 def _with_near_rows(x: Tensor) -> Tensor:
@@ -164,18 +175,14 @@ def passes(dtype: torch.dtype) -> int:
 
 
 def _workspace(tier: Tier, w_hh: Tensor, c0: Tensor, backward: bool) -> Tensor | None:
-    """What a launch of the tier needs beside its operands, all zeros: of the caching allocator, so safe on any stream."""
+    """What a launch of the tier needs beside its operands: of the caching allocator, so safe on any stream."""
     directions, batch, hidden = c0.shape
-    size = tier.workspace_bytes(w_hh.dtype, directions, batch, hidden, backward, gpu_of(w_hh))
-    return torch.zeros(size, dtype=torch.uint8, device=w_hh.device) if size else None
-
-
-_present = functools.cache(present)
-
-
-def gpu_of(x: Tensor) -> Gpu:
-    """The GPU that x is on; for a CPU tensor the one that the emulator stands for."""
-    return (_present(x.device.index) if x.device.type == "cuda" else None) or H200
+    size, zeros = tier.workspace_bytes(w_hh.dtype, directions, batch, hidden, backward, gpu_of(w_hh))
+    if size == 0:
+        return None
+    workspace = torch.empty(size, dtype=torch.uint8, device=w_hh.device)
+    workspace[:zeros].zero_()
+    return workspace
 
 
 def lstm_recurrence(
