@@ -31,28 +31,37 @@ __all__ = ["EmulatedCuda", "EmulatedRecurrence", "load", "load_recurrence"]
 
 _HERE = ROOT / "tests" / "emulator"
 
+#: The families of kernels that are a module each, and their bindings.
+FAMILIES = {
+    "lstm_gates": "binding.cpp",
+    "batch_norm_act": "binding_batch_norm_act.cpp",
+    "bias_act": "binding_bias_act.cpp",
+    "upfirdn2d": "binding_upfirdn2d.cpp",
+}
+
 
 @functools.cache
 def load(variant: str | None = None) -> EmulatedCuda:
     """The emulated kernels. Skips the running test, saying why, where they cannot be built.
 
     Args:
-        variant: ``plain``, or ``asan`` / ``tsan`` in a process that was started with the sanitizer's library preloaded.
+        variant: ``plain``, ``counted`` (see tests/traffic.py), or ``asan`` / ``tsan`` in a process that was started with the
+            sanitizer's library preloaded.
             Default: the environment variable FUSEBLOCK_EMULATOR_VARIANT, else ``plain``.
     """
     variant = variant or os.environ.get("FUSEBLOCK_EMULATOR_VARIANT", "plain")
-    families = {
-        "lstm_gates": "binding.cpp",
-        "batch_norm_act": "binding_batch_norm_act.cpp",
-        "bias_act": "binding_bias_act.cpp",
-        "upfirdn2d": "binding_upfirdn2d.cpp",
-    }
     with ThreadPoolExecutor() as pool:
-        gates, norm, bias_act, images = pool.map(lambda item: _module(*item, variant), families.items())
+        gates, norm, bias_act, images = pool.map(lambda family: load_family(family, variant), FAMILIES)
     kernels = EmulatedCuda(gates, EmulatedBatchNormAct(norm), EmulatedBiasAct(bias_act))
     kernels.upfirdn2d = EmulatedUpfirdn2d(images).upfirdn2d
     kernels.tiers = {tier: load_recurrence(tier, variant) for tier in resident_recurrence.TIERS}
     return kernels
+
+
+@functools.cache
+def load_family(family: str, variant: str) -> ModuleType:
+    """The launchers of one of `FAMILIES`."""
+    return _module(family, FAMILIES[family], variant)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import triton.runtime.interpreter as interpreter
 
+from . import _traffic
 from ._errors import OutOfBoundsError
 
 _Builder = interpreter.InterpreterBuilder
@@ -18,9 +19,10 @@ _views: list[tuple[int, int]] = []
 
 
 @contextmanager
-def only_within(arguments: Iterable[Any]) -> Iterator[None]:
-    """Allow accesses to the views among a launch's arguments, and to nothing else."""
+def only_within(arguments: Iterable[Any], kernel: str) -> Iterator[None]:
+    """Allow accesses to the views among the arguments of a launch of ``kernel``, and to nothing else."""
     _views[:] = _ranges(arguments)
+    _traffic.begin(kernel, _views)
     try:
         yield
     finally:
@@ -53,6 +55,8 @@ def _check(pointers: Any, mask: Any, what: str) -> None:
         inside |= (addresses >= low) & (addresses + size <= high)
     if not inside.all():
         raise OutOfBoundsError(f"{what}: {int((~inside).sum())} of {inside.size} elements out of bounds")
+    if what != "atomic":
+        _traffic.count(addresses, size, what == "store")
 
 
 def install() -> None:

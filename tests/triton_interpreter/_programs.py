@@ -81,7 +81,7 @@ def _launch(self: Any, *args_dev: Any, **kwargs: Any) -> None:
     _patch_language(self.fn)
     _launching = True
     try:
-        with _bounds.only_within((*args_host, *kwargs_host.values())):
+        with _bounds.only_within((*args_host, *kwargs_host.values()), self.fn.__name__):
             args = inspect.getcallargs(self.fn, *args_host, **kwargs_host)
             args = {n: a if n in self.constexprs else interpreter._implicit_cvt(a) for n, a in args.items()}
             grid = tuple(self.grid(args) if callable(self.grid) else self.grid)

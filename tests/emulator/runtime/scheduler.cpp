@@ -1,4 +1,5 @@
 // The emulator's scheduler: crews of blocks on OS threads, threads on fibers, barriers between them.
+#include "counting.h"
 #include "hardware.h"
 #include "scheduler.h"
 
@@ -426,6 +427,7 @@ void launch(const LaunchConfig& config, const std::function<void()>& thread) {
   const uint64_t crew = config.cooperative ? blocks : config.cluster;
   if (crew * threads > kCrewThreadLimit) throw std::runtime_error("cuda emulator: too many threads at the same time");
   g_last_launch = {config.grid, config.block};
+  count_launch(thread.target_type().name());
   Grid grid{config, &thread, static_cast<int>(blocks)};
   const int crews = static_cast<int>(blocks / crew);
   std::atomic<int> next{0};

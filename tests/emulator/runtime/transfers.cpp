@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "counting.h"
 #include "hardware.h"
 #include "scheduler.h"
 
@@ -20,6 +21,8 @@ void move_bytes(void* argument) {
   Transfer& transfer = *static_cast<Transfer*>(argument);
   acquire(&transfer);
   const void* const source = transfer.source == nullptr ? transfer.value : transfer.source;
+  count_load(source, transfer.bytes);
+  count_store(transfer.destination, transfer.bytes);
   if (transfer.bytes > 0) std::memcpy(transfer.destination, source, transfer.bytes);
   if (transfer.zeros > 0) std::memset(static_cast<char*>(transfer.destination) + transfer.bytes, 0, transfer.zeros);
   release(&transfer);

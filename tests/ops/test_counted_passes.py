@@ -1,0 +1,367 @@
+"""Every GPU kernel loads and stores what the performance model says: counted, not asserted by prose.
+
+Emulated CUDA kernels and interpreted Triton kernels run at sizes that are multiples of nothing, and every access is counted
+(tests/traffic.py). The formulas are those of docs/performance.md (benchmarks/model_kernels.py), within 5 %.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from fuseblock import dispatch
+from fuseblock._activations import number
+from fuseblock.launch import batch_norm_act as norm_driver
+from fuseblock.launch import per_step, resident_recurrence
+
+from .. import emulator, traffic
+from ..backends import DEVICE, available
+from ..benchmarks_package import load
+from ..emulator.batch_norm_act import EmulatedBatchNormAct
+from ..emulator.bias_act import EmulatedBiasAct
+from ..emulator.lstm_gates import EmulatedCuda
+from ..emulator.upfirdn2d import EmulatedUpfirdn2d
+from ..traffic import Launch
+
+model, registry = load("model"), load("model_kernels")
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="kernels are counted in emulator and interpreter")
+TOLERANCE = 0.05
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Kernels of one backend, and the context that counts their launches."""
+
+    name: str
+    count: Callable[[], AbstractContextManager[list[Launch]]]
+    norm: Any
+    bias_act: Any
+    upfirdn2d: Any
+    ops: Any
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+    if request.param == "triton":
+        with available("triton") as operators:
+            from fuseblock.launch import triton_batch_norm_act, triton_bias_act, triton_upfirdn2d
+
+            images = triton_upfirdn2d.upfirdn2d
+            count = traffic.of_interpreted
+            yield Backend("triton", count, triton_batch_norm_act, triton_bias_act, images, operators)
+        return
+    families = {name: emulator.load_family(name, "counted") for name in emulator.FAMILIES}
+    norm = EmulatedBatchNormAct(families["batch_norm_act"])
+    bias_act = EmulatedBiasAct(families["bias_act"])
+    kernels = EmulatedCuda(families["lstm_gates"], norm, bias_act)
+    images = EmulatedUpfirdn2d(families["upfirdn2d"]).upfirdn2d
+    count = partial(traffic.of_emulated, list(families.values()), monkeypatch)
+    yield Backend("cuda", count, norm.kernels, bias_act, images, kernels)
+
+
+def check(launches: list[Launch], kernel: Any, **sizes: float) -> None:
+    """The sum over launches is what the formulas of a kernel of the registry say."""
+    read, written = kernel.read(sizes), model.evaluate(kernel.writes, sizes)
+    again = model.evaluate(kernel.again, sizes)
+    counted = {
+        "read": (sum(launch.read for launch in launches), read),
+        "written": (sum(launch.written for launch in launches), written),
+    }
+    for what, (bytes_of, formula) in counted.items():
+        assert bytes_of == pytest.approx(formula, rel=TOLERANCE), (kernel.name, what, bytes_of / formula)
+    twice = sum(launch.read_again for launch in launches)
+    assert twice <= again + TOLERANCE * read, (kernel.name, "read again", twice, again)
+    assert not any(launch.written_again for launch in launches), (kernel.name, "written twice")
+
+
+def norm_splits(x: torch.Tensor) -> int:
+    """Blocks of a reduction in CUDA C++ that share a channel."""
+    count: int = emulator.load_family("batch_norm_act", "counted").splits(EmulatedBatchNormAct.numbers(x))
+    return count
+
+
+def bias_act_splits(x: torch.Tensor) -> int:
+    """The same for bias_act."""
+    inner = x[0, 0].numel() if x.is_contiguous() else 1
+    numbers = {"count": x.numel(), "channels": x.shape[1], "inner": inner, "activation": 0}
+    numbers |= {"negative_slope": 0.0, "gain": 1.0, "clamp": 1.0}
+    count: int = emulator.load_family("bias_act", "counted").splits(numbers)
+    return count
+
+
+def expect(backend: Backend, launches: list[Launch], *expected: tuple[Any, dict[str, float]]) -> None:
+    """These kernels of the registry are all that was launched: by name, or in order where only launchers have names."""
+    if backend.name == "cuda":
+        assert len(launches) == len(expected), [launch.name for launch in launches]
+        for launch, (kernel, sizes) in zip(launches, expected, strict=True):
+            check([launch], kernel, **sizes)
+        return
+    for kernel, sizes in expected:
+        own = [launch for launch in launches if re.fullmatch(kernel.triton, launch.name)]
+        check(own, kernel, **sizes)
+        launches = [launch for launch in launches if launch not in own]
+    assert not launches
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["first", "last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("activation", "residual"), [("leaky_relu", False), ("leaky_relu", True), ("silu", True)]
+)
+def test_norm(
+    backend: Backend, activation: str, residual: bool, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    shape = (2, 5, 33, 61)
+
+    def draw() -> torch.Tensor:
+        return torch.randn(shape).to(dtype, memory_format=layout)
+
+    channel = torch.rand(shape[1])
+    x, dy, v, r, v_r = draw(), draw(), draw(), draw() if residual else None, draw() if residual else None
+    options = activation, 0.1, True, ""
+    masked, kept = residual and norm_driver.is_masked(activation), norm_driver.needs_residual(activation)
+    with backend.count() as first:
+        _, mean, _, invstd, n, mask = norm_driver.forward(
+            backend.norm, x, channel, channel, r, None, None, None, 1e-5, *options, True
+        )
+    saved = x, channel, channel, r if kept else None, None, mean, invstd, n, mask if masked else None
+    with backend.count() as second:
+        norm_driver.backward(backend.norm, dy, *saved, *options, 1e-5, True, True, residual)
+    with backend.count() as third:
+        norm_driver.second_order(backend.norm, v, channel, channel, None, v_r, dy, *saved, *options, 1e-5)
+
+    kernel = registry.NORM.kernel
+    splits = 1 if backend.name == "triton" else norm_splits(x)
+    sizes = {
+        "E": x.numel(),
+        "C": shape[1],
+        "b": x.element_size(),
+        "P": splits,
+        "m": int(masked),
+        "d": int(residual),
+        "F": x.numel() if backend.name == "triton" and layout == torch.contiguous_format else 0,
+    }
+
+    def reduced(name: str, combine: str, **flags: int) -> list[tuple[Any, dict[str, float]]]:
+        both = [kernel(name), kernel(combine)] if splits > 1 else [kernel(name)]
+        return [(k, sizes | flags) for k in both]
+
+    expect(
+        backend,
+        first,
+        *reduced("batch_norm_act_stats", "batch_norm_act_combine_stats"),
+        (kernel("batch_norm_act_fwd"), sizes | {"r": int(residual)}),
+    )
+    flags = {"r": int(residual and kept), "v": 0, "n": 2}
+    expect(
+        backend,
+        second,
+        *reduced("batch_norm_act_bwd_reduce", "batch_norm_act_combine_sums", **flags),
+        (kernel("batch_norm_act_bwd"), sizes | flags),
+    )
+    # Sums of the second order with kinked activations leave the cotangent of the residual's gradient out.
+    flags |= {"v": flags["r"], "n": 12 if activation == "silu" else 5}
+    expect(
+        backend,
+        third,
+        *reduced("batch_norm_act_bwd_bwd_reduce", "batch_norm_act_combine_sums", **flags),
+        (kernel("batch_norm_act_bwd_bwd"), sizes | flags | {"v": int(residual)}),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
+@pytest.mark.parametrize("hidden", [40, 33])
+def test_lstm_gates(backend: Backend, hidden: int, dtype: torch.dtype) -> None:
+    rows = 77
+
+    def draw(columns: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(rows, columns).to(dtype)
+
+    gates, dh, c, dc, v_c = draw(4 * hidden), draw(hidden), *(draw(hidden, torch.float32) for _ in range(3))
+    sizes = {"U": rows * hidden, "b": gates.element_size(), "s": 4}
+    kernel = registry.GATES.kernel
+    with backend.count() as launches:
+        backend.ops.lstm_gates(gates, c)
+    expect(backend, launches, (kernel("lstm_gates"), sizes))
+    with backend.count() as launches:
+        backend.ops.lstm_gates_bwd(dh, dc, gates, c)
+    expect(backend, launches, (kernel("lstm_gates_bwd"), sizes))
+    with backend.count() as launches:
+        backend.ops.lstm_gates_bwd_bwd(draw(4 * hidden), v_c, dh, dc, gates, c)
+    expect(backend, launches, (kernel("lstm_gates_bwd_bwd"), sizes))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["first", "last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("activation", "clamp", "bits"),
+    [("leaky_relu", math.inf, 1), ("leaky_relu", 0.5, 2), ("silu", math.inf, 0)],
+)
+def test_bias_act(
+    backend: Backend,
+    activation: str,
+    clamp: float,
+    bits: int,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+) -> None:
+    def draw() -> torch.Tensor:
+        return torch.randn(3, 11, 33, 31).to(dtype, memory_format=layout)
+
+    x, dy, v = draw(), draw(), draw()
+    bias, v_bias = torch.randn(11), torch.randn(11)
+    constants = number(activation), 0.2, 1.5, clamp
+    kept = bits == 0
+    splits = 1 if backend.name == "triton" else bias_act_splits(x)
+    sizes = {"E": x.numel(), "C": 11, "b": x.element_size(), "m": bits, "x": int(kept), "P": splits, "n": 1}
+    kernel = registry.BIAS_ACT.kernel
+    sums = [(kernel("bias_act_sum"), sizes)] if backend.name == "cuda" else []
+    with backend.count() as launches:
+        _, mask = backend.bias_act.bias_act(x, bias, None, *constants, True)
+    expect(backend, launches, (kernel("bias_act"), sizes))
+    saved = (x, bias, None, None) if kept else (None, None, None, mask)
+    with backend.count() as launches:
+        backend.bias_act.bias_act_bwd(dy, *saved, *constants, True)
+    expect(backend, launches, (kernel("bias_act_bwd"), sizes), *sums)
+    with backend.count() as launches:
+        backend.bias_act.bias_act_bwd_bwd(v, v_bias, None, dy if kept else None, *saved, *constants)
+    expect(backend, launches, (kernel("bias_act_bwd_bwd"), sizes), *(sums if kept else []))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["first", "last"])
+@pytest.mark.parametrize(("up", "down", "taps"), [(1, 1, 4), (2, 1, 4), (1, 2, 4), (3, 2, 5)])
+def test_upfirdn2d(backend: Backend, up: int, down: int, taps: int, layout: torch.memory_format) -> None:
+    x = torch.randn(2, 5, 33, 31).to(torch.bfloat16, memory_format=layout)
+    f = torch.rand(taps, taps)
+    with backend.count() as launches:
+        y = backend.upfirdn2d(x, f, up, up, down, down, taps, taps, taps, taps, False, 1.0)
+    sizes = {"X": x.numel(), "Y": y.numel(), "b": 2, "K": taps * taps, "u": up * up}
+    expect(backend, launches, (registry.IMAGES.kernel("upfirdn2d"), sizes))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["first", "last"])
+@pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
+@pytest.mark.parametrize("op", ["conv2d_stats", "conv_transpose2d_subpixel", "conv2d_act"])
+def test_convolutions(op: str, prologue: bool, layout: torch.memory_format) -> None:
+    if op == "conv2d_act" and prologue:
+        pytest.skip("the activation is behind this one")
+    channels, out_channels = 21, 35
+    x = torch.randn(2, channels, 13, 17).to(torch.bfloat16, memory_format=layout)
+    weight = torch.randn(out_channels, channels, 3, 3).to(x.dtype)
+    norm = (torch.rand(channels), torch.rand(channels)) if prologue else (None, None)
+    with available("triton"):
+        from fuseblock.launch import triton_conv_stats as convolutions
+    with traffic.of_interpreted() as launches:
+        if op == "conv_transpose2d_subpixel":
+            weight = torch.randn(channels, out_channels, 4, 4).to(x.dtype)
+            y = convolutions.conv_transpose2d_subpixel(x, weight, None, *norm, "relu", 0.0)[0]
+        elif op == "conv2d_stats":
+            y = convolutions.conv2d_stats(x, weight, None, 1, 1, 1, 1, *norm, "relu", 0.0)[0]
+        else:
+            y = convolutions.conv2d_act(x, weight, None, 1, 1, 1, 1, 1, False, "leaky_relu", 0.2)
+    statistics = op != "conv2d_act"
+    sizes: dict[str, float] = {"X": x.numel(), "Y": y.numel(), "W": weight.numel(), "b": 2}
+    sizes |= {"C": channels, "O": out_channels, "p": int(prologue), "q": int(statistics)}
+    sizes["P"] = 2 if op == "conv_transpose2d_subpixel" else 1  # all pixels are one block in the interpreter
+    first, *combine = launches
+    kernel = next(k for k in registry.CONVOLUTION.kernels if op in k.name)
+    assert first.name == kernel.triton
+    check([first], kernel, **sizes)
+    assert len(combine) == statistics
+    if statistics:
+        check(combine, registry.CONVOLUTION.kernel("combine_stats"), **sizes)
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """Operands of the recurrence, and the sizes that formulas have."""
+
+    steps: int = 24
+    batch: int = 13
+    hidden: int = 40
+    directions: int = 2
+    dtype: torch.dtype = torch.bfloat16
+
+    def operands(self) -> tuple[Any, ...]:
+        def draw(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
+            return (0.3 * torch.randn(*shape)).to(dtype)
+
+        t, b, h, d = self.steps, self.batch, self.hidden, self.directions
+        state = draw(d, b, h), draw(d, b, h, dtype=torch.float32)
+        return draw(t, b, d * 4 * h), *state, draw(d, 4 * h, h), None, None, None
+
+    def sizes(self, keeps: bool) -> dict[str, float]:
+        t, b, h, d = self.steps, self.batch, self.hidden, self.directions
+        sizes: dict[str, float] = {"T": t, "B": b, "D": d, "H": h, "U": t * b * d * h, "Q": d * b * h}
+        return sizes | {"b": self.dtype.itemsize, "s": 4, "k": int(keeps)}
+
+
+def check_recurrence(
+    count: Callable[[], AbstractContextManager[list[Launch]]],
+    forward: Any,
+    backward: Any,
+    name: str,
+    exchanges: bool = False,
+) -> None:
+    """Forward without and with what backward needs, and backward."""
+    problem = Recurrence()
+    operands = problem.operands()
+    kernels = {k.name.split(": ")[1]: k for k in registry.RECURRENCE.kernels if name in k.name}
+    for keeps in (False, True):
+        with count() as launches:
+            y, h_n, c_n, gates, c = forward(*operands, keeps)
+        check(launches, kernels["forward"], **problem.sizes(keeps))
+        assert len(launches) == model.evaluate(kernels["forward"].launches, problem.sizes(keeps))
+    cotangents = torch.randn_like(y), torch.randn_like(h_n), torch.randn_like(c_n), None, None
+    _, _, c0, w_hh, *rest = operands
+    with count() as launches:
+        backward(*cotangents, gates, c, c0, w_hh, *rest)
+    assert bool(launches[0].exchanged) is exchanges
+    check(launches, kernels["backward"], **problem.sizes(True))
+    assert len(launches) == model.evaluate(kernels["backward"].launches, problem.sizes(True))
+
+
+def test_recurrence_per_step(backend: Backend) -> None:
+    if backend.name == "cuda":
+        steps: Any = backend.ops
+    else:
+        from fuseblock.launch import triton_lstm_gates as steps
+    forward = partial(per_step.lstm_recurrence, steps)
+    check_recurrence(backend.count, forward, partial(per_step.lstm_recurrence_bwd, steps), "per step")
+
+
+@pytest.mark.parametrize(
+    ("label", "name"), [("triton (persistent)", "tier"), ("triton (fused step)", "fused step")]
+)
+def test_recurrence_in_triton(label: str, name: str) -> None:
+    with available("triton"):
+        forward, backward = (
+            next(c.run for c in dispatch.candidates(op) if c.label == label)
+            for op in ("lstm_recurrence", "lstm_recurrence_bwd")
+        )
+        check_recurrence(traffic.of_interpreted, forward, backward, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tier", resident_recurrence.TIERS)
+def test_recurrence_with_resident_weights(tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = emulator.load_recurrence(tier, "counted")
+    of_tier = resident_recurrence.TIERS[tier]
+    check_recurrence(
+        partial(traffic.of_emulated, [kernels._module], monkeypatch),
+        partial(resident_recurrence.lstm_recurrence, of_tier, kernels),
+        partial(resident_recurrence.lstm_recurrence_bwd, of_tier, kernels),
+        "tier",
+        exchanges=tier == "grid",
+    )
