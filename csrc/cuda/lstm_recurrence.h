@@ -42,6 +42,14 @@ struct LstmFwd {
   int64_t workspace_bytes;
 };
 
+// A whole layer, gx = W_ih x + b_ih + b_hh included: instead of gx, x (steps, batch, input) and its weights, contiguous, of each
+// direction. w_ih (4 * hidden, input); b_ih and b_hh (4 * hidden), or null.
+struct LstmLayerFwd : LstmFwd {
+  Sequence x;
+  int64_t input;
+  const void *w_ih[2], *b_ih[2], *b_hh[2];
+};
+
 struct LstmBwd {
   LstmShape shape;
   Sequence dy;  // this and the next four are optional

@@ -12,10 +12,15 @@ namespace fuseblock {
 // Shared memory of a block at most: of every kernel but those of float32 above H = 96, and of these.
 inline constexpr int kLstmBlockSharedBytes = 96 << 10, kLstmBlockSharedBytesAbove96 = 164224;
 
+// Columns of x at most, of a layer whose input projection the kernel computes itself.
+inline constexpr int kLstmBlockInput = 32;
+
 }  // namespace fuseblock
 
 // dtype: fuseblock::DType number of T. With more rows than 8 for each multiprocessor, a block takes 16 (not in float32).
 extern "C" {
 int launch_lstm_block_fwd(const fuseblock::LstmFwd* op, int dtype, void* stream);
 int launch_lstm_block_bwd(const fuseblock::LstmBwd* op, int dtype, void* stream);
+// Whole layers, in 16 bit; a block always takes 8 rows.
+int launch_lstm_block_layer_fwd(const fuseblock::LstmLayerFwd* op, int dtype, void* stream);
 }

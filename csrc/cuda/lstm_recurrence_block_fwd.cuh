@@ -18,8 +18,21 @@ __device__ __forceinline__ WeightTile load_tile(const T* w_hh, const Slice& slic
   return tile;
 }
 
-template <class T, int kPasses, int H, int kTiles, bool kAligned>
-__global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmFwd op) {
+// The input's share of the gates in one step, on its way from global to shared memory: gx. For whole layers x comes instead,
+// and gx is made of it (lstm_recurrence_block_layer.cuh).
+template <class Op, class T, int H, int kTiles>
+struct Arriving : GatePieces<T, H, kTiles> {
+  template <class Slice>
+  __device__ Arriving(const Op&, const Slice&, const Thread&) {}
+
+  template <class Slice>
+  static __device__ auto input(const Op& op, const Slice& slice) {
+    return slice.sequence(static_cast<const T*>(op.gx.data), kGates, op.gx.step_stride, op.gx.row_stride);
+  }
+};
+
+template <class T, int kPasses, int H, int kTiles, bool kAligned, class Op = LstmFwd>
+__global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const Op op) {
   constexpr int kRows = kTiles * kTileRows, kWidth = kVectorWidth<T>;
   constexpr int kChains = kPasses == 3 && H > 64 ? 2 : 1;  // long ones round more than float32 should
   using Hidden = SharedRows<T, kRows, H>;
@@ -32,7 +45,7 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmFwd 
 
   const Thread me;
   const Slice<kAligned> slice(op.shape, blockIdx.y, static_cast<int64_t>(blockIdx.x) * kRows, kRows);
-  auto gx = slice.sequence(static_cast<const T*>(op.gx.data), kGates, op.gx.step_stride, op.gx.row_stride);
+  auto input = Arriving<Op, T, H, kTiles>::input(op, slice);
   auto y = slice.sequence(static_cast<T*>(op.y), 1);
   auto saved_gates = slice.sequence(static_cast<T*>(op.gates), kGates);
   auto saved_c = slice.sequence(op.c, 1);
@@ -48,8 +61,8 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmFwd 
   UnitPieces<T, kTiles> h0;
   h0.load(slice.state(static_cast<const T*>(op.h0)), me);
   h0.put(h[0], me);
-  GatePieces<T, H, kTiles> arriving;
-  arriving.load(gx, me);
+  Arriving<Op, T, H, kTiles> arriving(op, slice, me);
+  arriving.load(input, me);
   arriving.put(gates, me);
 
   const auto c0 = slice.state(op.c0);
@@ -68,8 +81,8 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmFwd 
     Hidden &h_before = h[step % 2], &h_now = h[(step + 1) % 2];
     // Asked for now, needed at the end of the step.
     if (step + 1 < slice.steps) {
-      gx.move(1);
-      arriving.load(gx, me);
+      input.move(1);
+      arriving.load(input, me);
     }
 
     // W h for all rows; the sums of a gate and a tile are one chain of mma, in three passes two or three.
@@ -100,6 +113,7 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmFwd 
       if (t < length[tile][r]) {
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
+          if (!slice.has_unit(me.unit + u)) continue;
           const Gates<float> x = from_input[u];
           const int cell = 2 * u + r;
           const Gates<float> s = activate(Gates<float>{x.i + sum[0][tile][cell], x.f + sum[1][tile][cell],
@@ -113,7 +127,6 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const LstmFwd 
       h_now.template at<2>(row, me.unit) = h_new;
       if (saves) {
         put_own_gates<T, H>(gates, row, me.unit, activated);
-          if (!slice.has_unit(me.unit + u)) continue;
         cells.template at<2>(row, me.unit) = c[tile][r];
       }
     }

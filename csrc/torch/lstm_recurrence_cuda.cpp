@@ -1,6 +1,8 @@
-// CUDA operators of the recurrence with resident weights, a pair for each tier: out-variants, called by
-// python/fuseblock/launch/resident_recurrence.py.
+// CUDA operators of the recurrence with resident weights, a pair for each tier, and of whole small layers: out-variants, called
+// by python/fuseblock/launch/resident_recurrence.py and cuda_lstm_layer.py.
 #if defined(WITH_CUDA)
+
+#include <vector>
 
 #include "cuda/lstm_recurrence_block.h"
 #include "cuda/lstm_recurrence_cluster.h"
@@ -34,14 +36,16 @@ class Call {
     shape.shared_bytes = shared_bytes;
   }
 
-  // T (steps, batch, directions * gates * hidden), any strides of the first two dimensions.
-  Sequence strided(const MaybeTensor& x, const char* name, int64_t gates) const {
+  // T (steps, batch, columns), any strides of the first two dimensions.
+  Sequence strided(const MaybeTensor& x, const char* name, int64_t columns) const {
     if (!x.has_value()) return {nullptr, 0, 0};
-    check(*x, name, dtype_, {shape.steps, shape.batch, shape.directions * gates * shape.hidden}, false);
+    check(*x, name, dtype_, {shape.steps, shape.batch, columns}, false);
     STD_TORCH_CHECK(x->size(2) <= 1 || x->stride(2) == 1, "fuseblock::", op_, ": ", name, " needs contiguous columns");
     return {x->data_ptr(), x->stride(0), x->stride(1)};
   }
-  // The same, contiguous.
+  // Columns of units, or of their gates.
+  int64_t columns(int64_t gates) const { return shape.directions * gates * shape.hidden; }
+  // (steps, batch, columns), contiguous.
   void* gates(const MaybeTensor& x, const char* name) const { return sequence(x, name, dtype_, 4); }
   void* cells(const MaybeTensor& x, const char* name) const { return sequence(x, name, dtype_, 1); }
   float* states(const MaybeTensor& x, const char* name) const {
@@ -54,6 +58,12 @@ class Call {
   }
   void* weights(const Tensor& x) const {
     check(x, "w_hh", dtype_, {shape.directions, 4 * shape.hidden, (shape.hidden + 7) / 8 * 8});
+    return x.data_ptr();
+  }
+
+  // Of one direction.
+  const void* weight(const Tensor& x, const char* name, Sizes sizes) const {
+    check(x, name, dtype_, sizes);
     return x.data_ptr();
   }
 
@@ -80,7 +90,7 @@ class Call {
   }
   void* sequence(const MaybeTensor& x, const char* name, ScalarType dtype, int64_t gates) const {
     if (!x.has_value()) return nullptr;
-    check(*x, name, dtype, {shape.steps, shape.batch, shape.directions * gates * shape.hidden});
+    check(*x, name, dtype, {shape.steps, shape.batch, columns(gates)});
     return x->data_ptr();
   }
   void* state(const MaybeTensor& x, const char* name, ScalarType dtype) const {
@@ -103,7 +113,7 @@ void fwd(const Tensor& gx, const Tensor& h0, const Tensor& c0, const Tensor& w_h
   const Call call("lstm_recurrence", gx, c0, lengths, passes);
   STD_TORCH_CHECK(gates.has_value() == c.has_value(), "fuseblock::lstm_recurrence: expected both of gates and c, or neither");
   const LstmFwd op{.shape = call.shape,
-                   .gx = call.strided(gx, "gx", 4),
+                   .gx = call.strided(gx, "gx", call.columns(4)),
                    .h0 = call.hidden(h0, "h0"),
                    .w_hh = call.weights(w_hh),
                    .c0 = call.cell(c0, "c0"),
@@ -117,6 +127,43 @@ void fwd(const Tensor& gx, const Tensor& h0, const Tensor& c0, const Tensor& w_h
   call.launch(kLauncher, op);
 }
 
+// w_ih: of each direction. biases: b_ih and b_hh of each direction, or none.
+void block_layer_fwd(const Tensor& x, std::vector<Tensor> w_ih, std::vector<Tensor> biases, const Tensor& h0, const Tensor& c0,
+                     const Tensor& w_hh, const MaybeTensor& lengths, const Tensor& y, const Tensor& h_n, const Tensor& c_n,
+                     const MaybeTensor& gates, const MaybeTensor& c) {
+  const Call call("lstm_layer", x, c0, lengths, 1);
+  const int64_t input = x.size(2);
+  const size_t directions = static_cast<size_t>(call.shape.directions);
+  STD_TORCH_CHECK(gates.has_value() == c.has_value(), "fuseblock::lstm_layer: expected both of gates and c, or neither");
+  STD_TORCH_CHECK(directions <= 2 && w_ih.size() == directions && (biases.empty() || biases.size() == 2 * directions),
+                  "fuseblock::lstm_layer: expected one w_ih for each direction, and two biases or none");
+  LstmLayerFwd op{{.shape = call.shape,
+                   .gx = {},
+                   .h0 = call.hidden(h0, "h0"),
+                   .w_hh = call.weights(w_hh),
+                   .c0 = call.cell(c0, "c0"),
+                   .y = call.cells(y, "y"),
+                   .h_n = call.hidden(h_n, "h_n"),
+                   .c_n = call.cell(c_n, "c_n"),
+                   .gates = call.gates(gates, "gates"),
+                   .c = call.states(c, "c"),
+                   .workspace = nullptr,
+                   .workspace_bytes = 0},
+                  call.strided(x, "x", input),
+                  input,
+                  {},
+                  {},
+                  {}};
+  const int64_t rows = 4 * call.shape.hidden;
+  for (size_t d = 0; d < directions; ++d) {
+    op.w_ih[d] = call.weight(w_ih[d], "w_ih", {rows, input});
+    if (biases.empty()) continue;
+    op.b_ih[d] = call.weight(biases[2 * d], "b_ih", {rows});
+    op.b_hh[d] = call.weight(biases[2 * d + 1], "b_hh", {rows});
+  }
+  call.launch(launch_lstm_block_layer_fwd, op);
+}
+
 template <int (*kLauncher)(const LstmBwd*, int, void*)>
 void bwd(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const MaybeTensor& d_gates,
          const MaybeTensor& d_c, const Tensor& gates, const Tensor& c, const Tensor& c0, const Tensor& w_hh,
@@ -124,7 +171,7 @@ void bwd(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n
          int64_t passes) {
   const Call call("lstm_recurrence_bwd", gates, c0, lengths, passes);
   const LstmBwd op{.shape = call.shape,
-                   .dy = call.strided(dy, "dy", 1),
+                   .dy = call.strided(dy, "dy", call.columns(1)),
                    .dh_n = call.hidden(dh_n, "dh_n"),
                    .dc_n = call.cell(dc_n, "dc_n"),
                    .d_gates = call.gates(d_gates, "d_gates"),
@@ -163,6 +210,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fuseblock_cuda, m) {
         " Tensor(d!)? workspace, int passes) -> ()");
   FB_LSTM_TIERS(FB_DEFINE)
 #undef FB_DEFINE
+  m.def(
+      "lstm_block_layer_fwd(Tensor x, Tensor[] w_ih, Tensor[] biases, Tensor h0, Tensor c0, Tensor w_hh, Tensor? lengths,"
+      " Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!)? gates, Tensor(e!)? c) -> ()");
 #define FB_DEFINE(tier) m.def("lstm_" #tier "_resident(Tensor w_hh, bool backward) -> int");
   FB_LSTM_REFUSABLE_TIERS(FB_DEFINE)
 #undef FB_DEFINE
@@ -174,6 +224,7 @@ STABLE_TORCH_LIBRARY_IMPL(fuseblock_cuda, CUDA, m) {
   m.impl("lstm_" #tier "_bwd", TORCH_BOX(&bwd<launch_lstm_##tier##_bwd>));
   FB_LSTM_TIERS(FB_IMPLEMENT)
 #undef FB_IMPLEMENT
+  m.impl("lstm_block_layer_fwd", TORCH_BOX(&block_layer_fwd));
 #define FB_IMPLEMENT(tier) \
   m.impl("lstm_" #tier "_resident", TORCH_BOX((&resident<lstm_##tier##_fwd_resident, lstm_##tier##_bwd_resident>)));
   FB_LSTM_REFUSABLE_TIERS(FB_IMPLEMENT)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch
+from . import _fused_layer, dispatch
 from ._fused_layer import fused_layers, per_layer, present
 from ._library import backward_is_seen, state_dtype
 from ._ragged import Packing
@@ -57,6 +57,23 @@ def recurrent_weights(own: Sequence[LayerWeights]) -> tuple[Tensor, Tensor | Non
     return stack_directions([w[1] for w in own]), w_hr
 
 
+def _layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    own: Sequence[LayerWeights],
+    ragged: tuple[Tensor | None, Tensor | None],
+    fused: bool,
+    save_state: bool,
+) -> Any:
+    """(y, h_n, c_n, gates, c) of one layer."""
+    if fused:
+        return _fused_layer.forward(x, h0, c0, own, *ragged, save_state)
+    w_hh, w_hr = recurrent_weights(own)
+    args = (input_projection(x, own), h0, c0, w_hh, w_hr, *ragged, save_state)
+    return dispatch.run("lstm_recurrence", args)
+
+
 def _is_batched(x: Tensor) -> bool:
     batched = torch._C._functorch.is_legacy_batchedtensor(x) or torch._C._functorch.is_batchedtensor(x)
     return bool(batched)
@@ -80,20 +97,12 @@ class _Stack(torch.autograd.Function):
         ctx.ours, ctx.directions, ctx.packing, ctx.forced = ours, directions, packing, dispatch.forced()
         weights = layer_weights(flat)
         y, hs, cs, kept = input if packing is None else packing.pack(input), [], [], []
-        ctx.fused = fused_layers(y, weights, directions, *ragged)
+        fused_forward = fused_layers(y, weights, directions, *ragged, training=True)
+        ctx.fused = [fused and _fused_layer.has_backward(y) for fused in fused_forward]
         h0s, c0s = _initial_states(h0, c0, directions, packing)
-        for layer, (h, c, fused) in enumerate(zip(h0s, c0s, ctx.fused, strict=True)):
+        for layer, (h, c, fused) in enumerate(zip(h0s, c0s, fused_forward, strict=True)):
             own = weights[layer * directions : (layer + 1) * directions]
-            if fused:
-                y, h_n, c_n, gates, cells = torch.ops.fuseblock_cpu.lstm_layer.default(
-                    y, h, c, present(own), ragged[1], True
-                )
-            else:
-                w_hh, w_hr = recurrent_weights(own)
-                gx = input_projection(y, own)
-                y, h_n, c_n, gates, cells = dispatch.run(
-                    "lstm_recurrence", (gx, h, c, w_hh, w_hr, *ragged, True)
-                )
+            y, h_n, c_n, gates, cells = _layer(y, h, c, own, ragged, fused, True)
             hs.append(h_n)
             cs.append(c_n)
             kept += [y, gates if save_gates else None, cells]
@@ -303,3 +312,23 @@ def fused_stack(
     """
     flat = [x for w in weights for x in w]
     return _Stack.apply(ours, directions, ragged, packing, save_gates, input, h0, c0, *flat)  # type: ignore[no-any-return]
+
+
+def infer_stack(
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[LayerWeights],
+    directions: int,
+    ragged: tuple[Tensor | None, Tensor | None],
+    fused: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where nothing wants a gradient; ``fused``: which layers run so."""
+    y, hs, cs = input, [], []
+    states = zip(*_initial_states(h0, c0, directions, None), fused, strict=True)
+    for layer, (h, c, is_fused) in enumerate(states):
+        own = weights[layer * directions : (layer + 1) * directions]
+        y, h_n, c_n, _, _ = _layer(y, h, c, own, ragged, is_fused, False)
+        hs.append(h_n)
+        cs.append(c_n)
+    return y, join_rows(hs), join_rows(cs).to(y.dtype)

@@ -49,7 +49,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     Args:
         op: ``"block"`` (a `Sequential` of a convolution and what stands behind it, and its input: whether PyTorch's
             convolution or one of ours runs), ``"lstm"`` (arguments of `functional.lstm`: the engine of the stack, and which
-            of its layers the fused CPU layer runs), or an operator's name, e.g. ``"lstm_gates"`` or
+            of its layers run fused, input projection included), or an operator's name, e.g. ``"lstm_gates"`` or
             ``"lstm_recurrence_bwd"`` with the operator's arguments.
 
     Returns:
@@ -133,14 +133,14 @@ def _explain_layer(
     reasons: list[tuple[str, str | None]] = [(engine, None), (other, "not chosen")]
     tensors = [input, h0, c0, *(x for w in weights for x in w)]
     parts: list[Explanation] = []
-    if engine == "ours" and input.is_cuda:
-        parts = _explain_recurrences(
-            input, weights, directions, lengths, batch_sizes, wants_gradient(tensors)
-        )
-    elif engine == "ours":
+    if engine == "ours":
         dropout = dropout if training and len(weights) > directions else 0.0
         fused = _why_not_fused(tensors, weights, directions, dropout, lengths, batch_sizes)
         reasons += [(f"fused layer {n}", reason) for n, reason in enumerate(fused)]
+        if input.is_cuda:
+            parts = _explain_recurrences(
+                input, weights, directions, lengths, batch_sizes, wants_gradient(tensors), fused
+            )
     return Explanation("lstm", engine, tuple(reasons), rule, tuple(parts))
 
 
@@ -151,8 +151,12 @@ def _explain_recurrences(
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     training: bool,
+    fused: Sequence[str | None],
 ) -> list[Explanation]:
-    """Who runs each layer's recurrence on a GPU, forward and, in training, backward; packed rows are padded before."""
+    """Who runs each layer's recurrence on a GPU, forward unless it is fused and, in training, backward.
+
+    Packed rows are padded before.
+    """
     if batch_sizes is None:
         steps, batch = input.shape[:2]
     else:
@@ -175,7 +179,8 @@ def _explain_recurrences(
         )
         stacked = like(directions, *w_hh.shape), None if w_hr is None else like(directions, *w_hr.shape)
         forward = gx, h0, c0, *stacked, lengths, None, training
-        parts.append(_explain_operator("lstm_recurrence", forward, f"layer {layer}, forward"))
+        if fused[layer] is not None:
+            parts.append(_explain_operator("lstm_recurrence", forward, f"layer {layer}, forward"))
         if training:
             dy = like(steps, batch, directions * proj)
             backward = dy, None, None, None, None, gx, c, c0, *stacked, lengths, None
@@ -191,18 +196,22 @@ def _why_not_fused(
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
 ) -> list[str | None]:
-    """Per layer the reason why the fused CPU layer does not run, or None; a mirror of what `functional.lstm` does."""
+    """Per layer the reason why it does not run fused, or None; a mirror of what `functional.lstm` does."""
     input = tensors[0]
     assert input is not None
+    training = wants_gradient(tensors)
+    if input.is_cuda and batch_sizes is not None:  # padded before
+        lengths = input.new_empty(0, dtype=torch.int64)
+        input = input.new_empty(1).expand(len(batch_sizes), int(batch_sizes[0]), input.shape[1])
     packed = None if lengths is None or input.device.type != "cpu" else packing(input, lengths)
     if packed is not None:
         input, lengths, batch_sizes = packed.pack(input), None, packed.batch_sizes
-    reasons = why_not_fused(input, weights, directions, lengths, batch_sizes)
+    reasons = why_not_fused(input, weights, directions, lengths, batch_sizes, training)
     everywhere = None
     if dropout:
         everywhere = "with dropout the layers run operator by operator"
     elif not plain_eager(tensors):
         everywhere = "a trace, a transform, autocast, a dispatch mode or a tensor subclass must see operators"
-    elif any(reasons) and not wants_gradient(tensors):
+    elif any(reasons) and not training and not input.is_cuda:
         everywhere = "without gradients it runs all layers or none"
     return [reason or everywhere for reason in reasons]

@@ -1,5 +1,6 @@
 // The CUDA launchers of one tier of the recurrence as Python functions on CPU tensors. FB_TIER: which, e.g. block.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #define FB_STRING(x) #x
 #define FB_HEADER(tier) FB_STRING(cuda/lstm_recurrence_##tier.h)
@@ -17,13 +18,17 @@ using namespace fuseblock;
 extern "C" __attribute__((weak)) int FB_RESIDENT(FB_TIER, fwd)(int64_t hidden, int dtype);
 extern "C" __attribute__((weak)) int FB_RESIDENT(FB_TIER, bwd)(int64_t hidden, int dtype);
 
+#define FB_LAUNCHER_OF(tier, pass) launch_lstm_##tier##_##pass
+#define FB_LAUNCHER(tier, pass) FB_LAUNCHER_OF(tier, pass)
+
+// Of the tier that computes a small layer's input projection itself.
+extern "C" __attribute__((weak)) int FB_LAUNCHER(FB_TIER, layer_fwd)(const LstmLayerFwd* op, int dtype, void* stream);
+
 namespace {
 
 using H = py::handle;
 using Gpu = std::pair<int, int64_t>;  // multiprocessors; bytes of shared memory that a block may have
 
-#define FB_LAUNCHER_OF(tier, pass) launch_lstm_##tier##_##pass
-#define FB_LAUNCHER(tier, pass) FB_LAUNCHER_OF(tier, pass)
 #define FB_MODULE_OF(tier) emulated_lstm_recurrence_##tier
 #define FB_MODULE(tier) FB_MODULE_OF(tier)
 
@@ -76,6 +81,19 @@ void bwd(H dy, H dh_n, H dc_n, H d_gates, H d_c, H gates, H c, H c0, H w_hh, H l
          dtype);
 }
 
+// w_ih and b: a tensor, or two, of each direction.
+void layer_fwd(H x, const std::vector<H>& w_ih, const std::vector<H>& b, H h0, H c0, H w_hh, H lengths, H y, H h_n, H c_n,
+               H gates, H c, Gpu gpu, int dtype) {
+  LstmLayerFwd op{{shape(x, c0, lengths, gpu, 1), {}, address<void>(h0), address<void>(w_hh), address<float>(c0),
+                   address<void>(y), address<void>(h_n), address<float>(c_n), address<void>(gates), address<float>(c)},
+                  sequence(x), x.attr("shape").attr("__getitem__")(2).cast<int64_t>()};
+  for (size_t d = 0; d < w_ih.size(); ++d) {
+    op.w_ih[d] = address<void>(w_ih[d]);
+    if (!b.empty()) op.b_ih[d] = address<void>(b[2 * d]), op.b_hh[d] = address<void>(b[2 * d + 1]);
+  }
+  launch(FB_LAUNCHER(FB_TIER, layer_fwd), op, dtype);
+}
+
 void set_device(bool clusters, bool cooperative, int multiprocessors, unsigned largest_cluster, size_t shared_bytes) {
   cuda_emulator::Device device;
   device.clusters = clusters;
@@ -101,6 +119,7 @@ PYBIND11_MODULE(FB_MODULE(FB_TIER), m) {
     m.def("fwd_resident", FB_RESIDENT(FB_TIER, fwd));
     m.def("bwd_resident", FB_RESIDENT(FB_TIER, bwd));
   }
+  if (FB_LAUNCHER(FB_TIER, layer_fwd) != nullptr) m.def("layer_fwd", &layer_fwd);
   m.def("set_device", &set_device, py::arg("clusters") = true, py::arg("cooperative") = true,
         py::arg("multiprocessors") = 132, py::arg("largest_cluster") = 16, py::arg("shared_bytes") = 227 << 10);
   m.def("last_launch", &last_launch);

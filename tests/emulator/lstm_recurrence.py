@@ -42,6 +42,9 @@ class EmulatedRecurrence:
     def bwd(self, *args: Any) -> None:
         self._module.bwd(*args, self._gpu, _DTYPES.index(args[5].dtype))
 
+    def layer_fwd(self, x: Any, *args: Any) -> None:
+        self._module.layer_fwd(x, *args, self._gpu, _DTYPES.index(x.dtype))
+
     def _resident(self, w_hh: Any, backward: bool) -> int:
         ask = self._module.bwd_resident if backward else self._module.fwd_resident
         blocks: int = ask(w_hh.shape[-1], _DTYPES.index(w_hh.dtype))

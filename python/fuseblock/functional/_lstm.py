@@ -16,11 +16,11 @@ from torch import Tensor
 
 from .. import dispatch, ops
 from .._engine import choose_engine
-from .._fused_layer import fused_layers, infer
+from .._fused_layer import fused_layers
 from .._library import plain_eager, state_dtype, wants_gradient
 from .._ragged import Packing, packing, pad_rows
 from .._recompute import LayerWeights, Run
-from .._stack import fused_stack, input_projection, join_rows, recurrent_weights
+from .._stack import fused_stack, infer_stack, input_projection, join_rows, recurrent_weights
 from ..aten import aten_lstm
 from ..reference import lstm_gates_reference, lstm_recurrence_reference
 
@@ -229,9 +229,10 @@ def _ours_or_one_node(
     if packing is not None:
         run = partial(_ours_or_one_node, directions=directions, dropout=dropout, batch_sizes=batch_sizes)
         return packing.around(run)(input, h0, c0, weights)
-    if direct and all(fused_layers(input, weights, directions, lengths, batch_sizes)):
+    fused = fused_layers(input, weights, directions, lengths, batch_sizes) if direct else []
+    if any(fused) and (input.is_cuda or all(fused)):
         h0, c0 = _states(input, h0, c0, weights, _batch(input, batch_sizes))
-        return infer(input, h0, c0, weights, directions, batch_sizes)
+        return infer_stack(input, h0, c0, weights, directions, (lengths, batch_sizes), fused)
     return _ours(input, h0, c0, weights, directions, dropout, lengths, batch_sizes)
 
 
