@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import console, machine, tune_questions
+from benchmarks import console, machine, tune_blocks, tune_questions
 from benchmarks.runner import one_line
 from benchmarks.timing import Runnable, Spread, interleave
 from benchmarks.tune_questions import PRECISIONS, Contest, Question, Rival
@@ -248,10 +248,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(
-    argv: Sequence[str],
-    ask: Callable[..., list[tuple[Question, dict[str, Any]]]] = tune_questions.questions,
-) -> int:
+Asked = list[tuple[Question, dict[str, Any]]]
+
+
+def everything(precisions: Sequence[str], patterns: list[str] | None) -> Asked:
+    """All questions with their keys: of LSTMs, then of convolution blocks."""
+    return [
+        *tune_questions.questions(precisions, patterns),
+        *tune_blocks.questions(precisions, patterns),
+    ]
+
+
+def main(argv: Sequence[str], ask: Callable[..., Asked] = everything) -> int:
     """Tune.
 
     Args:

@@ -80,15 +80,16 @@ def _conv_jobs(
     constants = {"CHANNELS_LAST": channels_last, "DTYPE": STATE[name], "PRECISION": precision}
     constants |= around.constants()
     sizes = around.channels, around.out_channels
+    strided = around.before is not None and not channels_last
     whole = {n for n, size in zip(("channels", "out_channels"), sizes, strict=True) if size % 16 == 0}
     if taps == 4:
-        blocks = gpu_blocks(dtype, precision, 2, *sizes)
+        blocks = gpu_blocks(dtype, precision, 2, *sizes, strided)
         yield _job(
             conv_transpose2d_subpixel, "conv_transpose2d_subpixel_fwd_kernel", arch, types, blocks.options, whole,
             **constants, **blocks.constants,
         )  # fmt: skip
     row = steps_by_row(around.channels, taps)
-    blocks = gpu_blocks(dtype, precision, 1, taps * sizes[0] if row else sizes[0], sizes[1])
+    blocks = gpu_blocks(dtype, precision, 1, taps * sizes[0] if row else sizes[0], sizes[1], strided)
     constants |= {"KH": taps, "KW": taps, "ROW": row, **blocks.constants}
     yield _job(conv2d_stats, "conv2d_stats_fwd_kernel", arch, types, blocks.options, whole, **constants)
 

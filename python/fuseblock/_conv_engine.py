@@ -11,6 +11,9 @@ PyTorch's, as everywhere else. A forced backend ``triton`` takes ours wherever i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -23,6 +26,18 @@ from ._library import forward_mode_active, wants_gradient
 from .ops.conv2d_act import ACTIVATIONS
 from .ops.conv_transpose2d_subpixel import GEOMETRY as SUBPIXEL
 from .reference.conv_stats import memory_format_of
+
+_MEASURED: ContextVar[str] = ContextVar("fuseblock_conv_engine", default="")
+
+
+@contextmanager
+def measuring(engine: str) -> Iterator[None]:
+    """Take an engine within a ``with`` block wherever it can run, whatever is faster: to measure it."""
+    token = _MEASURED.set(engine)
+    try:
+        yield
+    finally:
+        _MEASURED.reset(token)
 
 
 class Call(NamedTuple):
@@ -46,7 +61,7 @@ class Call(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in, autocast considered."""
-        device = self.x.device.type
+        device = "cuda" if self.x.is_cuda else "cpu"
         if self.x.dtype is not torch.float64 and torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return self.x.dtype
@@ -72,6 +87,8 @@ def choose(call: Call) -> tuple[str, str]:
     reason = why_not_triton(call)
     if reason is not None:
         return "aten", f"triton cannot: {reason}"
+    if _MEASURED.get():
+        return _MEASURED.get(), "it is being measured"
     if forced == "triton":
         return "triton", "backend 'triton' is forced"
     table = _tables.in_force(call.x.get_device())

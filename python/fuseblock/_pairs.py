@@ -75,12 +75,18 @@ def find_pairs(model: torch.nn.Module) -> Iterator[Pair]:
             yield Pair(prefix + norm_name, norm, prefix + act_name, act, reason, in_sequential)
 
 
+_CONVOLUTIONS_2D = torch.nn.Conv2d, torch.nn.ConvTranspose2d
+
+
 def profits(sequential: torch.nn.Module) -> bool:
     """Whether a `torch.nn.Sequential` has neighbours that `fuseblock.nn.Sequential` runs as one."""
-    convolutions, rectifiers = torch.nn.modules.conv._ConvNd, (torch.nn.ReLU, torch.nn.LeakyReLU)
+    rectifiers = torch.nn.ReLU, torch.nn.LeakyReLU
+    # On a GPU, where a table says so.
+    of_kernels = torch.nn.BatchNorm2d, torch.nn.Tanh
     return any(
         (isinstance(first, NORMS) and type(second) in APPLIED)
-        or (isinstance(first, convolutions) and isinstance(second, rectifiers))
+        or (isinstance(first, torch.nn.modules.conv._ConvNd) and isinstance(second, rectifiers))
+        or (isinstance(first, _CONVOLUTIONS_2D) and isinstance(second, of_kernels))
         for first, second in pairwise(sequential._modules.values())
     )
 

@@ -53,11 +53,17 @@ class Blocks:
 
 
 def gpu_blocks(
-    dtype: torch.dtype, precision: str, accumulators: int, channels: int, out_channels: int
+    dtype: torch.dtype,
+    precision: str,
+    accumulators: int,
+    channels: int,
+    out_channels: int,
+    is_strided_prologue: bool = False,
 ) -> Blocks:
     """Tiles for a GPU: tensor cores take 16-bit and TF32 products; others are smaller for want of registers.
 
-    ``channels`` are those of one step, ``out_channels`` those of a group: of few of them, tiles have more pixels.
+    ``channels`` are those of one step, ``out_channels`` those of a group: of few of them, tiles have more pixels. A prologue
+    that reads channels with strides, each by an address of its own, takes fewer at a time.
     """
     if dtype == torch.float64:
         m, n, k, stages = 32 // accumulators, 32 // accumulators, 16, 1
@@ -67,6 +73,8 @@ def gpu_blocks(
         m, n, k, stages = 64, 64 // accumulators, 32 // accumulators, 2
     else:
         m, n, k, stages = 64, 64 // accumulators, 32, 3
+    if is_strided_prologue:
+        k = 16
     narrow = min(n, _at_least_16(out_channels))
     return Blocks(m * n // narrow, narrow, min(k, _at_least_16(channels)), stages)
 
@@ -82,10 +90,17 @@ def steps_by_row(channels: int, taps_x: int) -> bool:
 
 
 def _blocks(
-    x: Tensor, pixels: int, channels: int, out_channels: int, precision: str, accumulators: int
+    x: Tensor,
+    pixels: int,
+    channels: int,
+    out_channels: int,
+    precision: str,
+    accumulators: int,
+    around: Neighbours,
 ) -> Blocks:
     if not _triton.INTERPRETED:
-        return gpu_blocks(x.dtype, precision, accumulators, channels, out_channels)
+        strided = around.scale is not None and x.is_contiguous()
+        return gpu_blocks(x.dtype, precision, accumulators, channels, out_channels, strided)
     # The interpreter's time is that of the number of programs.
     m, n, k = (min(_at_least_16(size), 4096) for size in (pixels, out_channels, channels))
     return Blocks(m, n, k, 1)
@@ -194,7 +209,9 @@ def _conv2d(
     pixels, out_channels = n * out_h * out_w, all_out // groups
     precision = precision_of(x.dtype)
     in_rows = steps_by_row(channels, taps_x)
-    blocks = _blocks(x, pixels, taps_x * channels if in_rows else channels, out_channels, precision, 1)
+    blocks = _blocks(
+        x, pixels, taps_x * channels if in_rows else channels, out_channels, precision, 1, around
+    )
     rows = triton.cdiv(pixels, blocks.m)
     y, partial = _outputs(x, (n, all_out, out_h, out_w), rows, around.statistics)
     with torch.cuda.device_of(x):
@@ -217,7 +234,7 @@ def _conv_transpose2d(
     n, _, h, w = x.shape
     pixels = n * h * w
     precision = precision_of(x.dtype)
-    blocks = _blocks(x, pixels, channels, out_channels, precision, 2)
+    blocks = _blocks(x, pixels, channels, out_channels, precision, 2, around)
     rows = triton.cdiv(pixels, blocks.m)
     y, partial = _outputs(x, (n, out_channels, 2 * h, 2 * w), 2 * rows, around.statistics)
     with torch.cuda.device_of(x):

@@ -1,0 +1,147 @@
+"""``python -m benchmarks tune`` on convolution blocks: what is measured, and that blocks understand the answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import fuseblock
+from fuseblock import _conv_engine, _convolution, _tables, dispatch
+
+from .backends import available
+from .benchmarks_package import load
+from .tables import entry, table
+
+tune, blocks = load("tune"), load("tune_blocks")
+
+SMALL = blocks.BlockCase("small", 3, 4, 4, 2, 1, 6, 2)
+UP = blocks.BlockCase(
+    "up", 4, 3, 4, 2, 1, 3, 2, transposed=True, norm=False, activation="tanh", channels_last=False
+)
+
+
+@pytest.fixture(autouse=True)
+def _short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = load("timing")
+    monkeypatch.setattr(timing, "SAMPLE_S", 1e-4)
+    monkeypatch.setattr(timing, "SETTLE_S", 0)
+    monkeypatch.setattr(timing, "MIN_ROUNDS", 2)
+
+
+def ask(precisions: Any, patterns: Any) -> Any:
+    found = [
+        blocks.BlockQuestion(op, case, mode, precision)
+        for op, case in (("conv_norm_act", SMALL), ("conv_act", UP))
+        for mode in ("train", "forward")
+        for precision in precisions
+    ]
+    return [(question, question.key()) for question in found]
+
+
+def test_a_run_writes_entries_for_blocks(tmp_path: Path) -> None:
+    out = tmp_path / "table.json"
+    argv = [
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        "--seconds",
+        "0.001",
+        "--dtype",
+        "float32",
+        "--dtype",
+        "bfloat16",
+    ]
+    assert tune.main(argv, ask) == tune.COMPLETE
+    ops = json.loads(out.read_text())["ops"]
+    assert {op: len(entries) for op, entries in ops.items()} == {"conv_norm_act": 4, "conv_act": 4}
+    assert all(set(e["times"]) == {"aten"} for entries in ops.values() for e in entries)
+    keys = [e["key"] for e in ops["conv_act"]]
+    assert {(k["mode"], k["dtype"], k["kind"], k["layout"]) for k in keys} == {
+        (mode, dtype, "transposed", "contiguous")
+        for mode in ("train", "forward")
+        for dtype in ("float32", "bfloat16")
+    }
+
+
+@pytest.mark.parametrize("case", [SMALL, UP], ids=lambda case: case.name)
+def test_both_engines_take_part_where_they_can(case: Any) -> None:
+    """And a wrong result is noticed."""
+    question = blocks.BlockQuestion("conv_norm_act" if case.norm else "conv_act", case, "train", "float32")
+    with available("triton"), fuseblock.backend("triton"):
+        contest = question.contest("cpu", seed=0)
+        assert list(contest.rivals) == ["aten", "triton"]
+        ran: dict[str, list[str]] = {}
+        run = dispatch.run
+        for name, rival in contest.rivals.items():
+            seen = ran.setdefault(name, [])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(
+                    dispatch, "run", lambda op, args, seen=seen: (seen.append(op), run(op, args))[1]
+                )
+                results = rival.results()
+            assert contest.check(results).green
+            assert not contest.check(results | {"y": results["y"] * 1.01}).green
+    assert not any(op.startswith("conv") for op in ran["aten"])
+    assert any(op.startswith("conv") for op in ran["triton"])
+
+
+def test_questions() -> None:
+    """All cases, no key twice; matrix products' TF32 is no matter."""
+    found = blocks.questions(["bfloat16", "tf32"])
+    names = {question.case.name for question, _ in found}
+    assert {case.name for case in blocks.CASES} < names
+    keys = [(question.op, *key.items()) for question, key in found]
+    assert len(set(keys)) == len(keys)
+    assert {question.precision for question, _ in found} == {"bfloat16"}
+    only = blocks.questions(["float32"], ["sngan*"])
+    assert {question.case.name for question, _ in only} == {"sngan32"}
+    assert len(only) == 4  # two layouts, two modes
+
+
+@pytest.fixture
+def able(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels that are said to run on a GPU that is not there."""
+    with available("triton"):
+        for op in ("conv2d_stats", "conv_transpose2d_subpixel", "conv2d_act"):
+            kernel = dispatch.Candidate("triton", None, lambda *args: None)
+            monkeypatch.setitem(dispatch._CANDIDATES, op, (kernel, dispatch.candidates(op)[-1]))
+        yield
+
+
+@pytest.mark.usefixtures("able")
+def test_blocks_ask_the_table() -> None:
+    key = blocks.BlockQuestion("conv_norm_act", blocks.CASES[1], "forward", "bfloat16").key()
+    geometry = _convolution.Geometry((2, 2), (1, 1), (1, 1), False, (0, 0), 1)
+
+    def choose(
+        batch: int = 100,
+        dtype: torch.dtype = torch.bfloat16,
+        layout: torch.memory_format = torch.channels_last,
+    ) -> tuple[str, str]:
+        x, w = (
+            torch.empty(shape, device="cuda", dtype=dtype, memory_format=layout)
+            for shape in ((batch, 64, 30, 34), (128, 64, 4, 4))
+        )
+        return _conv_engine.choose(_conv_engine.Call("conv_norm_act", x, w, None, geometry))
+
+    with FakeTensorMode():
+        with _tables.using(table(conv_norm_act=[entry(key, "triton", aten=20.0, triton=15.0)])):
+            engine, why = choose()
+            assert engine == "triton"
+            assert "table test.json: measured 15.0 us against 20.0 us (aten)" in why
+            assert choose(layout=torch.contiguous_format)[0] == "aten"
+            assert choose(batch=20)[0] == "aten"  # less than a quarter of the batch that was measured
+            assert choose(dtype=torch.float16)[0] == "aten"
+            with _conv_engine.measuring("aten"):
+                assert choose() == ("aten", "it is being measured")
+        with _tables.using(table(conv_norm_act=[entry(key, "aten", aten=10.0, triton=15.0)])):
+            assert choose()[0] == "aten"
+        with _tables.using(_tables.Table("", {}, "no table")):
+            assert choose() == ("aten", "plain rule: no table")
