@@ -56,8 +56,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         An `Explanation`; print it. Explained are operators. Unless a backend is forced, functions and modules do not come
         to theirs where PyTorch's own operations are faster: for float32 and float64 tensors on a CPU, `functional.bias_act`,
         `nn.BiasAct2d` and `nn.LeakyReLU` below 32,768 elements (prelu excepted), and `functional.batch_norm_act` and
-        `nn.BatchNormAct2d` in evaluation mode without gradients up to 262,144. Convolutions are always PyTorch's, and a
-        `nn.ReLU` is, but for its gradient.
+        `nn.BatchNormAct2d` in evaluation mode without gradients up to 262,144. Convolutions are PyTorch's but for
+        blocks on a GPU (``"block"``), and a `nn.ReLU` is, but for its gradient.
 
     Raises:
         ValueError: no such operator. TypeError: these are not its arguments.

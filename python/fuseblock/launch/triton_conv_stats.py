@@ -76,7 +76,8 @@ def gpu_blocks(
     if is_strided_prologue:
         k = 16
     narrow = min(n, _at_least_16(out_channels))
-    return Blocks(m * n // narrow, narrow, min(k, _at_least_16(channels)), stages)
+    most = 256 if dtype.itemsize == 2 else 128  # pixels
+    return Blocks(min(m * n // narrow, most), narrow, min(k, _at_least_16(channels)), stages)
 
 
 def _at_least_16(size: int) -> int:
