@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import cases as registry
-from benchmarks import console, machine, runner, summary, tune
+from benchmarks import console, machine, model_page, runner, summary, tune
 from benchmarks import providers as peers
 from benchmarks.suites import SUITES, Suite
 
@@ -31,7 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure fuseblock against PyTorch and ONNX Runtime. Speed is shown for right results only.",
-        epilog="python -m benchmarks tune measures the table of this GPU that dispatch reads: tune --help",
+        epilog="python -m benchmarks tune measures the table of this GPU that dispatch reads: tune --help; "
+        "python -m benchmarks model writes docs/performance.md",
     )
     add = parser.add_argument
     add("--case", "--only", dest="case", action="append", metavar="GLOB", help="cases to run (repeatable)")
@@ -145,6 +146,8 @@ def main(argv: Sequence[str] | None = None, suites: tuple[Suite, ...] = SUITES) 
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["tune"]:
         return tune.main(argv[1:])
+    if argv[:1] == ["model"]:
+        return model_page.main(argv[1:])
     args = _parser().parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda, but PyTorch sees no CUDA device", file=sys.stderr)
@@ -220,6 +223,7 @@ def main(argv: Sequence[str] | None = None, suites: tuple[Suite, ...] = SUITES) 
     )
     console.tables(report, rows)
     _write(report, args.json, args.html)
+    print("model: docs/performance.md has what the GPU kernels move and compute, and their floors")
     wrong = [row for row in runner.ours(rows) if row.status in (runner.RED, runner.FAILED)]
     for row in wrong:
         print(f"error: {row.case} {row.mode} {row.provider}: {row.status}: {row.reason}", file=sys.stderr)

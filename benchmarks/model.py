@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 #: Values of symbols by name.
 Sizes = Mapping[str, float]
@@ -71,7 +71,8 @@ class Kernel:
         flops: floating-point operations, without those that only move values.
         launches: of an eager call.
         tensor: whether tensor cores take the operations.
-        cuda, triton: the kernel's function in each backend, or None where there is none.
+        cuda, triton: the kernel's function in each backend, a regular expression, or None where there is none.
+        sizes: of its own, where the family's example is none of it.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Kernel:
     tensor: bool = False
     cuda: str | None = None
     triton: str | None = None
+    sizes: Sizes = field(default_factory=dict)
 
     def read(self, sizes: Sizes) -> float:
         """Bytes from memory."""
@@ -124,3 +126,7 @@ class Family:
     def kernel(self, name: str) -> Kernel:
         """The kernel of that name."""
         return next(kernel for kernel in self.kernels if kernel.name == name)
+
+    def sizes_of(self, kernel: Kernel) -> Sizes:
+        """The example's, as they are for one kernel."""
+        return {**self.sizes, **kernel.sizes}

@@ -4,7 +4,7 @@
 //   backward   and second order: math/lstm_gates.h; kSaved says that activated gates and c' come from memory (recurrence),
 //              otherwise both are recomputed from pre-activations and c (lstm_gates)
 //
-// Bytes per unit, 16-bit T, float C: forward 18 (+8 with saved gates); lstm_gates backward 30, second order 44.
+// Bytes per unit, 16-bit T, float C: forward 18 (+8 with saved gates); lstm_gates backward 30, second order 48.
 // Arithmetic is in the state dtype. Memory bound: each operand is read and written once, 16 bytes a time where the sizes
 // allow it. Shapes, dtypes and absent operands: lstm_gates.h.
 #pragma once
