@@ -88,7 +88,11 @@ _IMAGES = "tests/ops/test_upfirdn2d.py"
 _IMAGES_CPU = (_selected("cpu or threads", _IMAGES),)
 _IMAGES_CUDA = (_selected("cuda", _IMAGES),)
 _CONV_STATS = ("tests/ops/test_conv2d_stats.py", "tests/ops/test_conv_transpose2d_subpixel.py")
-_CONV_STATS_TRITON = (_selected("triton or many_blocks", *_CONV_STATS),)
+_CONV_ACT, _CONV_BLOCKS = "tests/ops/test_conv2d_act.py", "tests/nn/test_fused_convolution.py"
+_CONV_TRITON = (
+    _selected("not slow", "tests/ops/test_conv_odd_sizes.py"),
+    _selected("triton or many_blocks", *_CONV_STATS, _CONV_ACT),
+)
 
 _BIAS = "tests/ops/test_bias_act.py"
 _BIAS_CPU = (_selected("not triton and not cuda and not reference", _BIAS),)
@@ -217,8 +221,11 @@ SOURCES = [
     Source("python/fuseblock/ops/upfirdn2d.py", "python", ((_IMAGES, "-k", "not cuda"),)),
     Source("python/fuseblock/functional/_upfirdn2d.py", "python", ((_IMAGES, "-k", "not cuda"),)),
     Source("python/fuseblock/ops/_conv_stats.py", "python", (_selected("not triton", *_CONV_STATS),)),
-    Source("kernels/conv2d_stats.py", "triton", _CONV_STATS_TRITON),
-    Source("kernels/conv_transpose2d_subpixel.py", "triton", _CONV_STATS_TRITON),
+    Source("python/fuseblock/ops/conv2d_act.py", "python", (_selected("not triton", _CONV_ACT),)),
+    Source("python/fuseblock/_conv_engine.py", "python", ((_CONV_BLOCKS,), ("tests/test_tune_blocks.py",))),
+    Source("python/fuseblock/nn/_fused_convolution.py", "python", ((_CONV_BLOCKS,),)),
+    Source("kernels/conv2d_stats.py", "triton", _CONV_TRITON),
+    Source("kernels/conv_transpose2d_subpixel.py", "triton", _CONV_TRITON),
     Source("csrc/cuda/bias_act.cuh", "emulator", (_selected("cuda", _BIAS),)),
     Source("csrc/cuda/bias_act.cu", "emulator", (_selected("cuda", _BIAS),)),
     Source("csrc/math/bias_act.h", "cpu", _BIAS_CPU),
