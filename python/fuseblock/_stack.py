@@ -57,7 +57,7 @@ def recurrent_weights(own: Sequence[LayerWeights]) -> tuple[Tensor, Tensor | Non
     return stack_directions([w[1] for w in own]), w_hr
 
 
-def _layer(
+def run_layer(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
@@ -102,7 +102,7 @@ class _Stack(torch.autograd.Function):
         h0s, c0s = _initial_states(h0, c0, directions, packing)
         for layer, (h, c, fused) in enumerate(zip(h0s, c0s, fused_forward, strict=True)):
             own = weights[layer * directions : (layer + 1) * directions]
-            y, h_n, c_n, gates, cells = _layer(y, h, c, own, ragged, fused, True)
+            y, h_n, c_n, gates, cells = run_layer(y, h, c, own, ragged, fused, True)
             hs.append(h_n)
             cs.append(c_n)
             kept += [y, gates if save_gates else None, cells]
@@ -328,7 +328,7 @@ def infer_stack(
     states = zip(*_initial_states(h0, c0, directions, None), fused, strict=True)
     for layer, (h, c, is_fused) in enumerate(states):
         own = weights[layer * directions : (layer + 1) * directions]
-        y, h_n, c_n, _, _ = _layer(y, h, c, own, ragged, is_fused, False)
+        y, h_n, c_n, _, _ = run_layer(y, h, c, own, ragged, is_fused, False)
         hs.append(h_n)
         cs.append(c_n)
     return y, join_rows(hs), join_rows(cs).to(y.dtype)
