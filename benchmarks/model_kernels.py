@@ -70,9 +70,21 @@ RECURRENCE = Family(
         "Q": "D B H, the units of a state",
         **_BITS,
         "k": "1 where gates and cell states are kept for backward, else 0",
+        "I": "columns of a layer's input, of a small layer whose projection is part of the launch",
     },
-    "T = 256, B = 128, H = 128, one direction, bfloat16, kept for backward",
-    {"T": 256, "B": 128, "D": 1, "H": 128, "U": 256 * 128 * 128, "Q": 128 * 128, "b": 2, "s": 4, "k": 1},
+    "T = 256, B = 128, H = 128, I = 32, one direction, bfloat16, kept for backward",
+    {
+        "T": 256,
+        "B": 128,
+        "D": 1,
+        "H": 128,
+        "I": 32,
+        "U": 256 * 128 * 128,
+        "Q": 128 * 128,
+        "b": 2,
+        "s": 4,
+        "k": 1,
+    },
     (
         Kernel(
             "block, cluster, grid tier: forward",
@@ -85,6 +97,15 @@ RECURRENCE = Family(
             **_RESIDENT_BWD,
             cuda="lstm_(block|cluster|grid)_bwd_kernel",
             triton="lstm_recurrence_bwd_kernel",
+        ),
+        Kernel(
+            "block tier: forward of a layer",
+            "b*T*B*D*I + (b + s)*Q",
+            "(b + k*(4*b + s))*U + (b + s)*Q",
+            again="4*b*D*H*(H + I + 2)",
+            flops="8*U*(H + I) + 30*U",
+            tensor=True,
+            cuda="lstm_block_fwd_kernel",
         ),
         Kernel(
             "per step: forward",
@@ -174,7 +195,7 @@ NORM = Family(
             "12*P*C",
             "8*C",
             flops="12*P*C",
-            cuda="batch_norm_act_combine_stats_kernel",
+            cuda="batch_norm_act_combine_kernel",
             triton="batch_norm_act_combine_kernel",
         ),
         Kernel(
@@ -183,7 +204,7 @@ NORM = Family(
             "b*E + m*E/8",
             again="16*C",
             flops="(6 + r)*E",
-            cuda="batch_norm_act_fwd_kernel",
+            cuda="batch_norm_act_fwd(_masked)?_kernel",
             triton="batch_norm_act_fwd_kernel",
         ),
         Kernel(
@@ -200,7 +221,7 @@ NORM = Family(
             "4*n*P*C",
             "4*n*C",
             flops="n*P*C",
-            cuda="batch_norm_act_combine_sums_kernel",
+            cuda="batch_norm_act_combine_kernel",
         ),
         Kernel(
             "batch_norm_act_bwd",
@@ -210,6 +231,22 @@ NORM = Family(
             flops="(9 + r)*E",
             cuda="batch_norm_act_bwd_kernel",
             triton="batch_norm_act_bwd_kernel",
+        ),
+        Kernel(
+            "batch_norm_act_whole_fwd",
+            "(1 + r)*b*E",
+            "b*E + m*E/8 + 12*C",
+            again="8*C",
+            flops="(12 + r)*E",
+            cuda="batch_norm_act_whole_fwd_kernel",
+        ),
+        Kernel(
+            "batch_norm_act_whole_bwd",
+            "2*b*E",
+            "(1 + d)*b*E + 4*n*C",
+            again="r*b*E + m*E/8 + 16*C",
+            flops="(17 + 2*r)*E",
+            cuda="batch_norm_act_whole_bwd_kernel",
         ),
         Kernel(
             "batch_norm_act_bwd_bwd_reduce",
@@ -230,7 +267,8 @@ NORM = Family(
             triton="batch_norm_act_bwd_bwd_kernel",
         ),
     ),
-    note=f"Read again: {_CHANNELS} in float32, coefficients of backward 3 and of the second order 9 more.",
+    note=f"Read again: {_CHANNELS} in float32, coefficients of backward 3 and of the second order 9 more. The wholes take "
+    "the place of three launches where a channel fits into the shared memory of a cluster's blocks.",
 )
 
 BIAS_ACT = Family(

@@ -127,24 +127,38 @@ def test_vectorised_kernels_move_16_bytes(architecture: str) -> None:
             assert loads == stores == 0
 
 
+#: Kernels of batch_norm_act.cu and batch_norm_act_resident.cu, whose N is the elements of a visit and L the channels.
+NORM = re.compile(r"batch_norm_act_(\w+?)_kernelI(d|f|6__half|13__nv_bfloat16)Li(\d+)ELi(\d+)E")
+NORM_KERNELS = ("stats", "fwd", "bwd_reduce", "bwd", "bwd_bwd_reduce", "bwd_bwd", "whole_fwd", "whole_bwd")
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_normalisation_moves_vectors(architecture: str) -> None:
-    """16 bytes; in the second order at most four elements, for registers. Scalars, where rows are not aligned."""
-    kernels = sass(ROOT / "csrc" / "cuda" / "batch_norm_act.cu", architecture)
+def test_normalisation_moves_16_bytes(architecture: str) -> None:
+    """In both layouts, wherever rows are aligned: visits of one element are for the others, and for float64.
+
+    The second order with the channels last holds up to 12 sums of each channel that a thread has: in 16 bit it has four
+    channels, 8 bytes, as eight would not leave the registers for a second block.
+    """
+    sources = [ROOT / "csrc" / "cuda" / f"batch_norm_act{part}.cu" for part in ("", "_resident")]
     seen = set()
-    for code in kernels:
+    for code in (code for source in sources for code in sass(source, architecture)):
         name = code.split("\n", 1)[0]
-        # ...kernelI6__halfLi8ELb1E...: element type, elements of one access, channels-last
-        found = re.search(r"batch_norm_act_(\w+?)_kernelI(d|f|6__half|13__nv_bfloat16)Li(\d+)E", name)
+        found = NORM.search(name)
         if found is None or found[3] == "1":
             continue
-        wide = int(found[3]) * {"d": 8, "f": 4}.get(found[2], 2)
-        bits = {16: ".128", 8: ".64"}[wide]
-        assert wide == 16 or found[1].startswith("bwd_bwd")
-        assert f"LDG.E{bits}" in code, f"{name} has no loads of {wide} bytes"
-        assert "reduce" in found[1] or found[1] == "stats" or f"STG.E{bits}" in code, f"{name}: narrow stores"
-        seen.add((found[1], wide))
-    assert len(seen) == 8, seen
+        kernel, dtype, channels = found[1], found[2], int(found[4])
+        bits = ".128"
+        if kernel.startswith("bwd_bwd") and channels > 1 and dtype != "f":
+            bits = ".64"
+        loads = r"LDGSTS\.E\.BYPASS" if kernel.startswith("whole") else r"LDG\.E"
+        narrow = [k for k in ("64", "U16", "S16") if f".{k}" != bits and re.search(rf"{loads}\.{k}", code)]
+        assert not narrow, f"{name} reads in {narrow}"
+        assert re.search(loads + bits, code), f"{name} has no loads of {bits} bits"
+        assert "reduce" in kernel or kernel == "stats" or f"STG.E{bits}" in code, f"{name}: narrow stores"
+        assert not re.search(r"STG\.E\.U16", code), f"{name} writes single elements"
+        seen.add((kernel, dtype, channels > 1))
+    dtypes = ("f", "6__half", "13__nv_bfloat16")
+    assert seen == {(k, dtype, last) for k in NORM_KERNELS for dtype in dtypes for last in (False, True)}
 
 
 #: Instructions of the self-tests' kernels, each of which is one wrapper of csrc/cuda.

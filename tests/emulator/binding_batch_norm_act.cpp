@@ -8,6 +8,7 @@
 
 #include "cuda/batch_norm_act.h"
 #include "cuda_emulator.h"
+#include "device.h"
 
 namespace py = pybind11;
 using fuseblock::BatchNormAct;
@@ -15,6 +16,7 @@ using fuseblock::BatchNormAct;
 namespace {
 
 using Launcher = int (*)(const BatchNormAct*, int, void*);
+using WholeLauncher = int (*)(const BatchNormAct*, int, const fuseblock::DeviceLimits*, void*);
 
 const std::map<std::string, Launcher> kLaunchers = {
     {"stats", launch_batch_norm_act_stats},
@@ -23,6 +25,11 @@ const std::map<std::string, Launcher> kLaunchers = {
     {"bwd", launch_batch_norm_act_bwd},
     {"bwd_bwd_reduce", launch_batch_norm_act_bwd_bwd_reduce},
     {"bwd_bwd", launch_batch_norm_act_bwd_bwd},
+};
+
+const std::map<std::string, WholeLauncher> kWholeLaunchers = {
+    {"whole_fwd", launch_batch_norm_act_whole_fwd},
+    {"whole_bwd", launch_batch_norm_act_whole_bwd},
 };
 
 void set_pointer(BatchNormAct& op, const std::string& name, void* data) {
@@ -49,6 +56,10 @@ void set_pointer(BatchNormAct& op, const std::string& name, void* data) {
   FB_FIELD(new_mask)
   FB_FIELD(sums)
   FB_FIELD(workspace)
+  FB_FIELD(new_mean)
+  FB_FIELD(new_var)
+  FB_FIELD(new_invstd)
+  FB_FIELD(new_k)
 #undef FB_FIELD
   throw py::key_error(name);
 }
@@ -62,6 +73,7 @@ BatchNormAct operands(const py::dict& numbers, const py::dict& tensors) {
   op.activation = numbers["activation"].cast<int>();
   op.slope_stride = numbers["slope_stride"].cast<int>();
   op.negative_slope = numbers["negative_slope"].cast<double>();
+  op.eps = numbers["eps"].cast<double>();
   for (const auto& [name, tensor] : tensors) {
     if (!tensor.is_none()) {
       set_pointer(op, name.cast<std::string>(), reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>()));
@@ -70,12 +82,17 @@ BatchNormAct operands(const py::dict& numbers, const py::dict& tensors) {
   return op;
 }
 
+// On the emulated device of set_device().
 void launch(const std::string& kernel, const py::dict& numbers, const py::dict& tensors, int dtype) {
   const BatchNormAct op = operands(numbers, tensors);
+  const auto& device = cuda_emulator::device();
+  const fuseblock::DeviceLimits limits{device.clusters, device.cooperative, device.shared_bytes};
   int error;
   {
     py::gil_scoped_release release;
-    error = kLaunchers.at(kernel)(&op, dtype, nullptr);
+    const auto whole = kWholeLaunchers.find(kernel);
+    error = whole != kWholeLaunchers.end() ? whole->second(&op, dtype, &limits, nullptr)
+                                           : kLaunchers.at(kernel)(&op, dtype, nullptr);
   }
   if (error != 0) throw py::value_error("the launcher returned cudaError " + std::to_string(error));
 }
@@ -91,12 +108,20 @@ py::tuple last_launch() {
   return py::make_tuple(grid.x, grid.y, block.x, block.y);
 }
 
+void set_device(bool clusters, size_t shared_bytes) {
+  cuda_emulator::Device device;
+  device.clusters = clusters;
+  device.shared_bytes = shared_bytes;
+  cuda_emulator::set_device(device);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(emulated_batch_norm_act, m) {
   m.def("launch", &launch);
   m.def("splits", &splits);
   m.def("last_launch", &last_launch);
+  m.def("set_device", &set_device, py::arg("clusters") = true, py::arg("shared_bytes") = 227 << 10);
   m.def("set_seed", &cuda_emulator::set_seed);
   m.def("set_workers", &cuda_emulator::set_workers);
 }

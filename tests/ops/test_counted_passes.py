@@ -20,7 +20,7 @@ import torch
 from fuseblock import dispatch
 from fuseblock._activations import number
 from fuseblock.launch import batch_norm_act as norm_driver
-from fuseblock.launch import per_step, resident_recurrence
+from fuseblock.launch import cuda_lstm_layer, per_step, resident_recurrence
 
 from .. import emulator, traffic
 from ..backends import DEVICE, available
@@ -178,6 +178,45 @@ def test_norm(
         *reduced("batch_norm_act_bwd_bwd_reduce", "batch_norm_act_combine_sums", **flags),
         (kernel("batch_norm_act_bwd_bwd"), sizes | flags | {"v": int(residual)}),
     )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["first", "last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("activation", "saved"), [("leaky_relu", ""), ("leaky_relu", "mask"), ("silu", "residual")]
+)
+def test_whole_norm(
+    backend: Backend, activation: str, saved: str, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    """One launch each: x, and in backward dy, are read once."""
+    if backend.name != "cuda":
+        pytest.skip("a channel of Triton's fits nowhere")
+    shape = (2, 16, 24, 40)
+    x, dy, r = (torch.randn(shape).to(dtype, memory_format=layout) for _ in range(3))
+    channel, masked = torch.rand(shape[1]), saved == "mask"
+    affine, options = (channel, channel, r if saved else None, None), (number(activation), 0.1, False)
+    with backend.count() as first:
+        _, mean, _, invstd, mask = backend.norm.whole_fwd(x, *affine, 1e-5, *options, masked)
+    site = norm_driver.Site(
+        x,
+        mean,
+        invstd,
+        channel,
+        channel,
+        None if masked else affine[2],
+        mask if masked else None,
+        None,
+        *options,
+    )
+    with backend.count() as second:
+        backend.norm.whole_bwd(dy, site, bool(saved))
+    kernel, sizes = (
+        registry.NORM.kernel,
+        {"E": x.numel(), "C": shape[1], "b": x.element_size(), "m": int(masked)},
+    )
+    flags = {"r": int(saved == "residual"), "d": int(bool(saved)), "n": 2}
+    expect(backend, first, (kernel("batch_norm_act_whole_fwd"), sizes | {"r": int(bool(saved))}))
+    expect(backend, second, (kernel("batch_norm_act_whole_bwd"), sizes | flags))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
@@ -365,3 +404,22 @@ def test_recurrence_with_resident_weights(tier: str, monkeypatch: pytest.MonkeyP
         "tier",
         exchanges=tier == "grid",
     )
+
+
+@pytest.mark.slow
+def test_layer_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = emulator.load_recurrence("block", "counted")
+    problem, inputs = Recurrence(), 20
+    _, h0, c0, w_hh, *_ = problem.operands()
+
+    def draw(*shape: int) -> torch.Tensor:
+        return (0.3 * torch.randn(*shape)).to(problem.dtype)
+
+    four_h = w_hh.shape[1]
+    own = [(draw(four_h, inputs), w.clone(), draw(four_h), draw(four_h), None) for w in w_hh]
+    for keeps in (False, True):
+        x = draw(problem.steps, problem.batch, inputs)
+        with traffic.of_emulated([kernels._module], monkeypatch) as launches:
+            cuda_lstm_layer.lstm_layer(kernels.layer_fwd, x, h0, c0, own, None, keeps)
+        kernel = registry.RECURRENCE.kernel("block tier: forward of a layer")
+        check(launches, kernel, **problem.sizes(keeps), I=inputs)

@@ -59,7 +59,7 @@ class Site:
 class Kernels(Protocol):
     """The kernels of one backend. Sums and coefficients are (k, C) in the dtype of the statistics.
 
-    Statistics per sample are asked of ``triton`` alone: ``cpu`` does them in its fused calls, ``cuda`` by `folding`.
+    Statistics per sample are not asked of ``cpu``, which does them in its fused calls.
     """
 
     def stats(self, x: Tensor, per_sample: bool = False) -> Tensor:
@@ -139,7 +139,8 @@ def folding(run: Callable[..., Any]) -> Callable[..., Any]:
     return fold
 
 
-def _wide(t: Tensor | None, x: Tensor) -> Tensor | None:
+def wide(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """A per-channel operand in the dtype of the statistics of x."""
     return None if t is None else t.to(state_dtype(x.dtype)).contiguous()
 
 
@@ -194,8 +195,8 @@ def forward(
     if mean is None or var is None:
         mean, var, count = _batch_statistics(kernels.stats(x, per_sample), values, group)
     else:
-        wide = state_dtype(x.dtype)
-        mean, var = mean.to(wide, copy=True), var.to(wide, copy=True)
+        state = state_dtype(x.dtype)
+        mean, var = mean.to(state, copy=True), var.to(state, copy=True)
         count = mean.new_full((), values)
         if training and group:
             mean, var, count = _batch_statistics(torch.stack([mean, var * values]), values, group)
@@ -204,11 +205,11 @@ def forward(
         x,
         mean,
         invstd,
-        _wide(weight, x),
-        _wide(bias, x),
+        wide(weight, x),
+        wide(bias, x),
         dense_like(residual, x),
         None,
-        _wide(slope, x),
+        wide(slope, x),
         number(activation),
         negative_slope,
         per_sample,
@@ -240,12 +241,12 @@ def backward(
     per_sample: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``batch_norm_act_bwd`` on the kernels of a backend; see ``ops/batch_norm_act.py``."""
-    dy, site = _backward_site(
+    dy, site = backward_site(
         dy, x, weight, bias, residual, slope, mean, invstd, mask, activation, negative_slope, per_sample
     )
     # One tensor each: outputs of an operator do not alias.
     dx, dresidual = x.new_empty(0), x.new_empty(0)
-    dweight, dbias, dslope = (mean.new_empty(0) for _ in range(3))
+    sums = None
     zero = torch.zeros_like(mean)
     scale = invstd if site.weight is None else invstd * site.weight
     k = torch.stack([scale, zero, zero])
@@ -254,17 +255,26 @@ def backward(
         if training:
             total = _over_ranks(sums[:2], group) / count
             k[1:] = -scale * total
-    if want_sums:
-        dweight = dweight if weight is None else sums[1].to(weight.dtype, copy=True)
-        dbias = dbias if bias is None else sums[0].to(bias.dtype, copy=True)
-        dslope = dslope if slope is None else _of_slope(sums[2], slope)
     if want_dx or want_dresidual:
         dx, g = kernels.bwd_apply(dy, site, k, want_dresidual)
         dresidual = dresidual if g is None else g
-    return dx, dweight, dbias, dslope, dresidual
+    return dx, *gradients_of_channels(sums if want_sums else None, mean, weight, bias, slope), dresidual
 
 
-def _backward_site(
+def gradients_of_channels(
+    sums: Tensor | None, mean: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dweight, dbias, dslope) from the sums of `Kernels.bwd_reduce`; empty where sums or operand are absent."""
+
+    def gradient(operand: Tensor | None, row: int) -> Tensor:
+        if sums is None or operand is None:
+            return mean.new_empty(0)
+        return _of_slope(sums[row], operand) if row == 2 else sums[row].to(operand.dtype, copy=True)
+
+    return gradient(weight, 1), gradient(bias, 0), gradient(slope, 2)
+
+
+def backward_site(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -278,11 +288,12 @@ def _backward_site(
     negative_slope: float,
     per_sample: bool,
 ) -> tuple[Tensor, Site]:
+    """Return dy with the strides of the dense x, and what describes the normalisation to the kernels."""
     x = dense(x)
     like_x = dense_like(dy, x)
     assert like_x is not None
     residual = None if mask is not None else dense_like(residual, x)
-    affine = _wide(weight, x), _wide(bias, x), residual, mask, _wide(slope, x)
+    affine = wide(weight, x), wide(bias, x), residual, mask, wide(slope, x)
     return like_x, Site(x, mean, invstd, *affine, number(activation), negative_slope, per_sample)
 
 
@@ -316,7 +327,7 @@ def second_order(
     per_sample: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``batch_norm_act_bwd_bwd`` on the kernels of a backend; see ``ops/batch_norm_act.py``."""
-    dy, site = _backward_site(
+    dy, site = backward_site(
         dy, x, weight, bias, residual, slope, mean, invstd, mask, activation, negative_slope, per_sample
     )
     v, v_r = dense_like(v_dx, site.x), dense_like(v_dresidual, site.x)

@@ -64,17 +64,13 @@ def cpu_batch_norm_act(op: str) -> tuple[Candidate, ...]:
     return cpu_batch_norm_act.candidates(op)
 
 
-def cuda_batch_norm_act(op: str, *, copies: bool = False) -> tuple[Candidate, ...]:
-    """The candidates of ``op``, a member of the family batch_norm_act, on CUDA C++ kernels.
-
-    ``copies``: those that copy channels-last tensors for statistics per sample, in place of those that decline them.
-    """
+def cuda_batch_norm_act(op: str) -> tuple[Candidate, ...]:
+    """The candidates of ``op``, a member of the family batch_norm_act, on CUDA C++ kernels."""
     if not _ext.has("fuseblock_cuda", "batch_norm_act_stats"):
-        return () if copies else (absent("cuda", _why_not_compiled("cuda")),)
+        return (absent("cuda", _why_not_compiled("cuda")),)
     from ..launch import cuda_batch_norm_act
 
-    listed = cuda_batch_norm_act.candidates_with_copies if copies else cuda_batch_norm_act.candidates
-    return listed(op)
+    return cuda_batch_norm_act.candidates(op)
 
 
 def triton(op: str, module: str) -> tuple[Candidate, ...]:

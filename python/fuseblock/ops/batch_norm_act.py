@@ -50,7 +50,6 @@ for _op, _reference in (
         *_candidates.cpu_batch_norm_act(_op),
         *_candidates.cuda_batch_norm_act(_op),
         *_candidates.triton(_op, "triton_batch_norm_act"),
-        *_candidates.cuda_batch_norm_act(_op, copies=True),
         _candidates.reference(folding(_reference)),
     )
 
