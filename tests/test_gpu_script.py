@@ -71,6 +71,44 @@ def test_what_passed_is_not_run_again(script: ModuleType, tmp_path: Path, capsys
     assert [ran(tmp_path, name) for name in ("build", "first", "second", "third")] == [3, 1, 2, 1]
 
 
+def test_what_passed_with_other_sources_is_run_again(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    stages = stages_of(script, first="pass", second="pass")
+    monkeypatch.setattr(script, "sources", lambda: "before")
+    assert script.main([str(tmp_path)], stages) == 0
+    monkeypatch.setattr(script, "sources", lambda: "now")
+    capsys.readouterr()
+    assert script.main([str(tmp_path), "second"], stages) == 0
+    told = capsys.readouterr().out
+    assert "sources now" in told
+    assert any(
+        line.startswith("first") and line.endswith("with other sources, before") for line in told.splitlines()
+    )
+    assert [ran(tmp_path, name) for name in ("first", "second")] == [1, 2]
+    assert script.main([str(tmp_path)], stages) == 0
+    assert "other sources" not in capsys.readouterr().out
+    assert [ran(tmp_path, name) for name in ("first", "second")] == [2, 2]
+
+
+def test_sources_are_what_stages_are_made_of(script: ModuleType, tmp_path: Path) -> None:
+    room = tmp_path / "csrc" / "cuda"
+    room.mkdir(parents=True)
+    (room / "a.cuh").write_text("a")
+    before = script.sources(tmp_path)
+    (room / "a.o").write_text("built")
+    assert script.sources(tmp_path) == before
+    for change in (
+        lambda: (room / "a.cuh").write_text("b"),
+        lambda: (room / "a.cuh").rename(room / "b.cuh"),
+        lambda: (tmp_path / "setup.py").touch(),
+    ):
+        change()
+        now = script.sources(tmp_path)
+        assert now != before
+        before = now
+
+
 def test_named_stages_run_whatever_passed(script: ModuleType, tmp_path: Path, capsys) -> None:
     stages = stages_of(script, **{"test-a": "pass", "test-b": "pass", "tests": "pass"})
     for _ in range(2):

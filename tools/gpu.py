@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -72,6 +73,8 @@ def find(program: str) -> str | None:
     return shutil.which(program, path=f"{home}/bin") or shutil.which(program)
 
 
+#: Of the files that stages are made of.
+SUFFIXES = {".py", ".cu", ".cuh", ".cpp", ".h"}
 #: They need more than torch and pytest, and have no tests for a GPU.
 ELSEWHERE = ("tests/emulator", "tests/mutants", "tests/triton_interpreter", "tests/test_*example*")
 
@@ -145,23 +148,41 @@ STAGES = (
 
 @dataclass
 class State:
-    """How a stage ended."""
+    """How a stage ended, and of what `sources`."""
 
     state: str
     seconds: float = 0.0
     reason: str = ""
+    sources: str = ""
+
+
+def sources(root: Path = ROOT) -> str:
+    """A digest of the files that stages are made of: what has passed with others says nothing about these."""
+    rooms = ("benchmarks", "csrc", "kernels", "python", "tests", "tools")
+    files = [file for room in rooms for file in (root / room).rglob("*") if file.suffix in SUFFIXES]
+    digest = hashlib.sha256()
+    for file in sorted({*files, root / "setup.py", root / "pyproject.toml"}):
+        if file.is_file():
+            digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 class States:
-    """How the stages ended, in ``OUT/stages.json``."""
+    """How the stages ended, in ``OUT/stages.json``; ``sources``: of those that run now."""
 
-    def __init__(self, out: Path) -> None:
-        self._path = out / "stages.json"
+    def __init__(self, out: Path, sources: str) -> None:
+        self._path, self.sources = out / "stages.json", sources
         found = json.loads(self._path.read_text()) if self._path.exists() else {}
         self.of = {name: State(**state) for name, state in found.items()}
 
+    def has_passed(self, stage: Stage) -> bool:
+        """With the present sources."""
+        state = self.of.get(stage.name)
+        return state is not None and state.state == PASSED and state.sources == self.sources
+
     def note(self, stage: Stage, state: State) -> None:
         """Remember, on disk too."""
+        state.sources = self.sources
         self.of[stage.name] = state
         new = self._path.with_suffix(".new")
         new.write_text(json.dumps({name: vars(s) for name, s in self.of.items()}, indent=1) + "\n")
@@ -254,14 +275,16 @@ def summary(states: States, stages: Sequence[Stage]) -> str:
     width = max(len(stage.name) for stage in stages)
     lines = []
     for stage in stages:
-        state = states.of.get(stage.name, State("not run"))
+        state = states.of.get(stage.name, State("not run", sources=states.sources))
         took = f"{state.seconds:6.0f} s" if state.seconds else " " * 8
-        lines.append(f"{stage.name:<{width}}  {state.state:<10} {took}  {state.reason}".rstrip())
-    return "\n".join(lines)
+        other = "" if state.sources == states.sources else f"with other sources, {state.sources or 'unknown'}"
+        reason = ", ".join(filter(None, (state.reason, other)))
+        lines.append(f"{stage.name:<{width}}  {state.state:<10} {took}  {reason}".rstrip())
+    return "\n".join([f"sources {states.sources}", *lines])
 
 
 def chosen(names: Sequence[str], states: States, stages: Sequence[Stage]) -> list[Stage]:
-    """The stages named, or all that have not passed; and the first one before any other.
+    """The stages named, or all that have not passed with the present sources; and the first one before any other.
 
     The first is the build: it is quick where nothing has changed, and what passed before may lack its library now.
 
@@ -274,8 +297,7 @@ def chosen(names: Sequence[str], states: States, stages: Sequence[Stage]) -> lis
     wanted = [
         stage
         for stage in stages
-        if any(map(stage.is_called, names))
-        or (not names and states.of.get(stage.name, State("")).state != PASSED)
+        if any(map(stage.is_called, names)) or (not names and not states.has_passed(stage))
     ]
     return [stages[0], *(stage for stage in wanted if stage is not stages[0])]
 
@@ -288,7 +310,9 @@ def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) ->
     """
     parser = argparse.ArgumentParser(prog="sh tools/gpu.sh", description=__doc__)
     parser.add_argument("out", nargs="?", type=Path, default=Path("out/gpu"), metavar="OUT")
-    parser.add_argument("stage", nargs="*", metavar="STAGE", help="default: all that have not passed yet")
+    parser.add_argument(
+        "stage", nargs="*", metavar="STAGE", help="default: all that have not passed with these sources"
+    )
     parser.add_argument("--list", action="store_true", help="print the stages and stop")
     args = parser.parse_args(argv)
     if args.list:
@@ -299,7 +323,7 @@ def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) ->
         return 2
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    states = States(out)
+    states = States(out, sources())
     try:
         build, *others = chosen(args.stage, states, stages)
     except ValueError as error:
