@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import console, machine, tune_blocks, tune_layers, tune_questions
+from benchmarks import console, machine, tune_blocks, tune_layers, tune_passes, tune_questions
 from benchmarks.runner import one_line
 from benchmarks.timing import Runnable, Spread, interleave
 from benchmarks.tune_questions import PRECISIONS, Contest, Question, Rival
@@ -252,10 +252,11 @@ Asked = list[tuple[Question, dict[str, Any]]]
 
 
 def everything(precisions: Sequence[str], patterns: list[str] | None) -> Asked:
-    """All questions with their keys: of LSTMs, layers before the stacks that they are in, then of convolution blocks."""
+    """All questions with their keys: of LSTMs, then of convolution blocks; parts before the wholes that they are in."""
     return [
         *tune_layers.questions(precisions, patterns),
         *tune_questions.questions(precisions, patterns),
+        *tune_passes.questions(precisions, patterns),
         *tune_blocks.questions(precisions, patterns),
     ]
 

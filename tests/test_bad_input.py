@@ -155,6 +155,20 @@ MISTAKES: dict[str, dict[str, tuple[Call, Any, str]]] = {
     "functional.conv2d": conv_mistakes("conv2d", ones=(1, 1)),
     "functional.conv_transpose1d": conv_mistakes("conv_transpose1d", ones=(1,)),
     "functional.conv_transpose2d": conv_mistakes("conv_transpose2d", ones=(1, 1)),
+    "functional.conv2d_act": {
+        "channels": (lambda: functional.conv2d_act(X, t(5, 4, 3, 3)), ValueError, r"x of shape \(N, 4, H, W\)"),
+        "device": (lambda: functional.conv2d_act(X, m(5, 3, 3, 3)), ValueError, "weight on cpu, got meta"),
+        "device of bias": (lambda: functional.conv2d_act(X, t(5, 3, 3, 3), m(5)), ValueError, "bias on cpu, got meta"),
+    },
+    "functional.conv_transpose2d_act": {
+        "channels": (
+            lambda: functional.conv_transpose2d_act(X, t(4, 5, 4, 4)), ValueError, r"x of shape \(N, 4, H, W\)"
+        ),
+        "device": (lambda: functional.conv_transpose2d_act(X, m(3, 5, 4, 4)), ValueError, "weight on cpu, got meta"),
+        "device of bias": (
+            lambda: functional.conv_transpose2d_act(X, t(3, 5, 4, 4), m(5)), ValueError, "bias on cpu, got meta"
+        ),
+    },
     "functional.conv2d_stats": {
         "channels": (lambda: functional.conv2d_stats(X, t(5, 4, 3, 3)), ValueError, r"x of shape \(N, 4, H, W\)"),
         "device": (lambda: functional.conv2d_stats(X, m(5, 3, 3, 3)), ValueError, "weight on cpu, got meta"),

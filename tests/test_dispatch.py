@@ -91,7 +91,7 @@ def test_explain_operator() -> None:
     with fuseblock.backend("reference"):
         forced = fuseblock.explain("lstm_gates", GATES, C)
     assert forced.chosen == "reference"
-    with pytest.raises(ValueError, match="expected one of lstm, .*lstm_gates"):
+    with pytest.raises(ValueError, match="expected one of block, lstm, .*lstm_gates"):
         fuseblock.explain("gru")
 
 

@@ -178,7 +178,7 @@ def test_the_recurrences_question_in_every_order_of_derivative() -> None:
     inference = (*recurrence_args(steps=70_000, batch=1)[:7], False)
     assert dict(question.key(inference))["mode"] == "forward"
     assert dict(question.key(inference))["steps"] == 1024
-    assert dispatch.question("bias_act") is None
+    assert dispatch.question("lstm_gates") is None
 
 
 def test_the_question_of_tf32() -> None:

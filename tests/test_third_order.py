@@ -163,6 +163,19 @@ CASES: dict[str, Case] = {
         lambda x, w, b: functional.conv2d_stats(x, w, b, 1, 1), lambda x, w, b: statistics(F.conv2d(x, w, b, 1, 1)),
         (IMAGE, KERNEL, ROW), STATS,
     ),
+    "conv2d_stats behind a norm": Case(
+        lambda x, w, b, s: functional.conv2d_stats(x, w, b, 1, 1, scale=s, shift=s + 1, activation="silu"),
+        lambda x, w, b, s: statistics(F.conv2d(F.silu(x * wide(s) + wide(s + 1)), w, b, 1, 1)),
+        (IMAGE, KERNEL, ROW, IMAGE[0, :, 0, 0]), STATS, may_refuse=True,
+    ),
+    "conv2d_act": Case(
+        lambda x, w, b: functional.conv2d_act(x, w, b, 1, 1, activation="tanh"),
+        lambda x, w, b: torch.tanh(F.conv2d(x, w, b, 1, 1)), (IMAGE, KERNEL, ROW), STATS,
+    ),
+    "conv_transpose2d_act": Case(
+        lambda x, w: functional.conv_transpose2d_act(x, w, None, "leaky_relu"),
+        lambda x, w: F.leaky_relu(F.conv_transpose2d(x, w, None, 2, 1), 0.2), (IMAGE[..., :2, :2], UP), STATS,
+    ),
     "conv_transpose2d_subpixel": Case(
         functional.conv_transpose2d_subpixel, lambda x, w: statistics(F.conv_transpose2d(x, w, None, 2, 1)),
         (IMAGE[..., :2, :2], UP), STATS,

@@ -33,7 +33,15 @@ Value = str | bool | int | torch.dtype
 Key = tuple[tuple[str, Value], ...]
 
 #: The factor up to which a measurement speaks for another size; 1: equal sizes only.
-REACH: Mapping[str, float] = {"hidden": 2, "batch": 4, "steps": 8, "input": 4, "layers": 1.5, "directions": 1}
+REACH: Mapping[str, float] = {
+    "hidden": 2,
+    "batch": 4,
+    "steps": 8,
+    "input": 4,
+    "positions": 4,
+    "layers": 1.5,
+    "directions": 1,
+}
 _OTHER_REACH = 2.0
 
 #: Sequences longer than this count as this long: from here on, time is proportional to steps for everyone.

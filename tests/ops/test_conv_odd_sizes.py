@@ -82,9 +82,13 @@ def check(
         if name in ("stats", "subpixel"):
             check_values(forced, ours, stock, x, w, b)
             continue
-        want, plain = stock(x.double(), w.double(), b.double()), stock(x, w, b)
+        want = stock(x.double(), w.double(), b.double())
+        # The worse of PyTorch's layouts: in one small tensor its error may be small by luck.
+        plain = max(
+            relative_error(stock(x.contiguous(memory_format=f), w, b), want) for f in LAYOUTS.values()
+        )
         y = run(forced, ours, x, w, b)
-        assert error_ratio(y, want, relative_error(plain, want), 4 * w.numel() + 16) <= 1, name
+        assert error_ratio(y, want, plain, 4 * w.numel() + 16) <= 1, name
 
 
 #: Every pair of values occurs; most of the product is slow.

@@ -1,5 +1,6 @@
 """The operators: one file holds one operator's whole contract."""
 
+from . import _questions as _questions
 from .batch_norm_act import batch_norm_act, batch_norm_act_bwd, batch_norm_act_bwd_bwd
 from .batch_norm_act import check as check_batch_norm_act
 from .bias_act import bias_act, bias_act_bwd, bias_act_bwd_bwd
