@@ -22,12 +22,25 @@ from typing import Any
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 
 
+def _tuples(types: Any) -> Any:
+    """JSON has lists where Triton has tuples."""
+    return tuple(types) if isinstance(types, list) else types
+
+
+def _path(names: list[str], argument: str | list[Any]) -> tuple[int, ...]:
+    """Where an argument is, given by its name, or an entry of a tuple, given by name and number."""
+    name, *rest = [argument] if isinstance(argument, str) else argument
+    return names.index(name), *rest
+
+
 def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     """Compile one job; returns registers, stack, shared (bytes), whether 16-byte accesses, asynchronous copies of 16 bytes
     and matrix instructions occur.
 
-    A job has name, module, kernel, arch, signature (argument: Triton type, "constexpr"), constants (argument: value;
-    "fp32" and the like name Triton types), divisible (arguments that are multiples of 16) and options (num_warps, ...).
+    A job has name, module, kernel, arch, signature (argument: Triton type, a list of them for a tuple, or "constexpr"),
+    constants (argument: value; "fp32" and the like name Triton types), divisible (arguments that are multiples of 16),
+    options (num_warps, ...), and perhaps ones (integers that are 1, which Triton makes constants). In divisible and ones, an
+    entry of a tuple is a pair of name and number.
     """
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-", dir=job["cache"])
     import triton
@@ -38,12 +51,13 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     function = getattr(importlib.import_module(job["module"]), job["kernel"])
     names = list(function.arg_names)
     constants = {k: tl.dtype(v) if v in ("fp32", "fp64") else v for k, v in job["constants"].items()}
+    constants |= {_path(names, name): 1 for name in job.get("ones", ())}
     kernel = triton.compile(
         ASTSource(
             fn=function,
-            signature={name: job["signature"][name] for name in names},
+            signature={name: _tuples(job["signature"][name]) for name in names},
             constexprs=constants,
-            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in job["divisible"]},
+            attrs={_path(names, name): [["tt.divisibility", 16]] for name in job["divisible"]},
         ),
         target=GPUTarget("cuda", job["arch"], 32),
         options=job["options"],

@@ -11,6 +11,7 @@ Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networ
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -57,8 +58,9 @@ def spectral_norm(
     Raises:
         ValueError: the numbers of tensors differ, a shape, device or dim does not fit, ``n_power_iterations`` is negative.
         TypeError: integer weights. fuseblock.BackendError: the forced backend cannot run the call: ``cpu`` takes contiguous
-            float32 or float64 tensors on a CPU, outside of compilers, transforms and forward mode; ``triton`` and ``cuda``
-            have no kernels. (Unforced, what the CPU kernel cannot run is left to batched PyTorch operations.)
+            float32 or float64 tensors on a CPU, ``triton`` contiguous or channels-last weights of one dtype on a GPU, both
+            outside of compilers, transforms and forward mode; ``cuda`` has no kernels. (Unforced, what neither can run is
+            left to batched PyTorch operations.)
     """
     dims = [0] * len(weights) if dims is None else list(dims)
     if not len(weights) == len(us) == len(vs) == len(dims):
@@ -96,27 +98,13 @@ def spectral_norm(
 def _normalized(
     weights: _Tensors, us: _Tensors, vs: _Tensors, dims: list[int], n_power_iterations: int, eps: float
 ) -> tuple[Tensor, ...]:
-    _check_backend(weights, us, vs)
-    if _plain_equations(weights):
+    plain = _plain_equations(weights)
+    kernels = _chosen(weights, us, vs, dims, plain)
+    if plain:
         return _reference(weights, us, vs, dims, n_power_iterations, eps)
-    kernels = _kernels(weights, us, vs)
     if wants_gradient(weights):
         return _Normalize.apply(kernels, us, vs, dims, n_power_iterations, eps, *weights)  # type: ignore[no-any-return]
     return tuple(kernels.forward(weights, us, vs, dims, n_power_iterations, eps)[0])
-
-
-def _check_backend(weights: _Tensors, us: _Tensors, vs: _Tensors) -> None:
-    """Raise BackendError where a backend is forced that cannot run the call."""
-    name = dispatch.forced()
-    reason: str | None = "not implemented"
-    if name not in ("cpu", "cuda", "triton"):
-        return
-    if name == "cpu":
-        reason = _why_not_cpu(weights, us, vs)
-        if reason is None and _plain_equations(weights):
-            reason = "a compiler, a transform or forward mode needs PyTorch's operations"
-    if reason is not None:
-        raise dispatch.BackendError(f"no backend can run spectral_norm (asked for {name}): {reason}")
 
 
 def _plain_equations(weights: _Tensors) -> bool:
@@ -183,7 +171,10 @@ _opaque_iteration = opaque(
 
 
 class _Kernels(NamedTuple):
-    """Forward: ys, and u, v, sigma of every weight one after the other as one tensor, which backward is given."""
+    """Forward: ys, and u, v, sigma of every weight one after the other as one tensor, which backward is given.
+
+    Of 16-bit weights it may be float32.
+    """
 
     forward: Callable[..., tuple[list[Tensor], Tensor]]
     backward: Callable[..., list[Tensor | None]]
@@ -253,7 +244,7 @@ def _recorded_backward(
         if dy is None:
             dws.append(None)
             continue
-        matrix, g = _matrix(w, dim), _matrix(dy, dim)
+        matrix, g, u, v = _matrix(w, dim), _matrix(dy, dim), u.to(w.dtype), v.to(w.dtype)
         sigma = _sigma(matrix, u, v)
         dws.append(_from_matrix((g - (g * matrix).sum() / sigma * torch.outer(u, v)) / sigma, w, dim))
     return dws
@@ -267,11 +258,47 @@ _CPU = (
 )
 
 
-def _kernels(weights: _Tensors, us: _Tensors, vs: _Tensors) -> _Kernels:
-    """The compiled ones where they serve."""
-    if _CPU is None or dispatch.forced() == "aten" or _why_not_cpu(weights, us, vs) is not None:
+def _triton_kernels() -> tuple[_Kernels | None, Callable[..., str | None]]:
+    if importlib.util.find_spec("triton") is None:
+        return None, lambda *args: "triton is not installed"
+    from ..launch import triton_spectral_norm
+
+    return _Kernels(triton_spectral_norm.forward, triton_spectral_norm.backward), triton_spectral_norm.why_not
+
+
+_TRITON, _why_not_triton = _triton_kernels()
+
+
+def _chosen(weights: _Tensors, us: _Tensors, vs: _Tensors, dims: list[int], plain: bool) -> _Kernels:
+    """Compiled kernels where they serve, PyTorch's operators elsewhere.
+
+    Raises:
+        BackendError: a backend is forced that cannot run the call.
+    """
+    name = dispatch.forced()
+    if name not in ("auto", "cpu", "cuda", "triton") or (name == "auto" and plain):
         return _ATEN
-    return _CPU
+    if name == "auto":
+        name = "triton" if weights[0].is_cuda else "cpu"
+        kernels, reason = _backend(name, weights, us, vs, dims)
+        return kernels if kernels is not None and reason is None else _ATEN
+    kernels, reason = _backend(name, weights, us, vs, dims)
+    if reason is None and plain:
+        reason = "a compiler, a transform or forward mode needs PyTorch's operations"
+    if kernels is None or reason is not None:
+        raise dispatch.BackendError(f"no backend can run spectral_norm (asked for {name}): {reason}")
+    return kernels
+
+
+def _backend(
+    name: str, weights: _Tensors, us: _Tensors, vs: _Tensors, dims: list[int]
+) -> tuple[_Kernels | None, str | None]:
+    """A backend's kernels, and the reason why they cannot run, or None."""
+    if name == "cpu":
+        return _CPU, _why_not_cpu(weights, us, vs)
+    if name == "triton":
+        return _TRITON, _why_not_triton(weights, us, vs, dims)
+    return None, "not implemented"
 
 
 def _why_not_cpu(weights: _Tensors, us: _Tensors, vs: _Tensors) -> str | None:
