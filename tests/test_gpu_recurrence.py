@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from fuseblock import dispatch, ops
 from fuseblock.launch import resident_recurrence
 
 from .backends import DEVICE, Forced, available
+from .emulator import load_recurrence
+from .ops import layer_cases
 from .ops.lstm_cases import LstmCase, check_backward, check_forward
 
 ON_GPU = DEVICE == "cuda"
@@ -281,3 +284,12 @@ def test_this_library_has_every_tier() -> None:
         listed = [c for c in dispatch.candidates(op) if c.name == "cuda"]
         assert [c.variant for c in listed] == TIERS
         assert all(c.run is not None for c in listed)
+
+
+@pytest.mark.parametrize("sizes", [(5, 9, 40, 5, 2, True, True), (2, 17, 128, 32, 1, False, False)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_small_layers_in_one_launch(dtype: torch.dtype, sizes: tuple[Any, ...]) -> None:
+    """The input projection in the block tier's kernel: steps, batch, hidden, input, directions, lengths, biases."""
+    compiled, emulated = torch.ops.fuseblock_cuda, partial(load_recurrence, "block")
+    kernel = compiled.lstm_block_layer_fwd.default if ON_GPU else emulated().layer_fwd
+    layer_cases.check(kernel, layer_cases.layer_case(*sizes), dtype, DEVICE)

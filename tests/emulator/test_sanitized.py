@@ -41,6 +41,16 @@ def test_block_tier(variant: str, selection: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
+    ("variant", "selection"),
+    [("asan", "layouts or (parity and not 33 and not every)"), ("tsan", "any_order")],
+)
+def test_block_tiers_layers(variant: str, selection: str) -> None:
+    run_tests("tests/ops/test_lstm_layer_cuda.py", variant, selection)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
     ("variant", "selection"), [("asan", "parity and not 33 and not every"), ("tsan", "any_order and 24-132")]
 )
 def test_cluster_tier(variant: str, selection: str) -> None:

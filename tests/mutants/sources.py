@@ -45,6 +45,10 @@ def _resident(path: str, *tiers: str) -> Source:
     return Source(path, "emulator", stages, tiers=tiers)
 
 
+_LAYER_CUDA = (
+    (*_selected("not 33 and not bfloat16", "tests/ops/test_lstm_layer_cuda.py"), "-m", "not slow"),
+    _selected("parity and bfloat16 and not 33 and not every", "tests/ops/test_lstm_layer_cuda.py"),
+)
 _EMULATOR = (("tests/emulator/test_lstm_gates_emulated.py",),)
 _CPU_GATES = (
     _selected(_NOT_CPU, "tests/ops/test_lstm_gates.py"),
@@ -129,6 +133,7 @@ SOURCES = [
         "python",
         (("tests/test_spectral_norm.py",), ("tests/nn/test_spectral_norm.py",)),
     ),
+    Source("kernels/spectral_norm.py", "triton", (_selected("triton", "tests/test_spectral_norm.py"),)),
     Source("python/fuseblock/nn/spectral_norm.py", "python", (("tests/nn/test_spectral_norm.py",),)),
     Source("csrc/math/activations.h", "cpu", _CPU_GATES),
     Source("csrc/cpu/gates_kernels.h", "cpu", _CPU_GATES + _CPU_RECURRENCE),
@@ -151,6 +156,8 @@ SOURCES = [
     _resident("csrc/cuda/lstm_recurrence_block_fwd.cu", "block"),
     _resident("csrc/cuda/lstm_recurrence_block_bwd.cuh", "block"),
     _resident("csrc/cuda/lstm_recurrence_block_bwd.cu", "block"),
+    Source("csrc/cuda/lstm_recurrence_block_layer.cuh", "emulator", _LAYER_CUDA, tiers=("block",)),
+    Source("csrc/cuda/lstm_recurrence_block_layer.cu", "emulator", _LAYER_CUDA, tiers=("block",)),
     _resident("csrc/cuda/lstm_recurrence_operands.cuh", "block"),
     _resident("csrc/cuda/lstm_recurrence_tiles.cuh", "cluster", "grid"),
     _resident("csrc/cuda/lstm_recurrence_cluster.cuh", "cluster"),
@@ -174,6 +181,7 @@ SOURCES = [
         "python",
         (("tests/ops/test_lstm_recurrence_block.py", "-m", "not slow"),),
     ),
+    Source("python/fuseblock/launch/cuda_lstm_layer.py", "python", _LAYER_CUDA[:1]),
     Source("csrc/cuda/batch_norm_act.cuh", "emulator", _NORM_CUDA),
     Source("csrc/cuda/batch_norm_act.cu", "emulator", _NORM_CUDA),
     Source("csrc/math/scalar.h", "emulator", _NORM_CUDA + _EMULATOR),
@@ -215,6 +223,7 @@ SOURCES = [
     Source("csrc/cpu/upfirdn2d.cpp", "cpu", _IMAGES_CPU),
     Source("csrc/cuda/upfirdn2d.cuh", "emulator", _IMAGES_CUDA),
     Source("csrc/cuda/upfirdn2d.cu", "emulator", _IMAGES_CUDA),
+    Source("kernels/upfirdn2d.py", "triton", (_selected("triton", _IMAGES),)),
     Source(
         "python/fuseblock/reference/upfirdn2d.py", "python", (_selected("reference or opcheck", _IMAGES),)
     ),

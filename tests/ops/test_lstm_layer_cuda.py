@@ -4,68 +4,30 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 import fuseblock
-from fuseblock import _fused_layer, _stack, _tables
+from fuseblock import _engine, _fused_layer, _stack, _tables
 from fuseblock._recompute import LayerWeights
 from fuseblock.launch import cuda_lstm_layer
 
 from .. import tables
 from ..emulator import EmulatedRecurrence, load_recurrence
 from ..emulator.build import ROOT
-from . import plain_lstm
-from .bounds import error_ratio, poisoned_outputs, relative_error, state_dtype
-from .lstm_cases import Draw, LstmCase, assert_outputs
+from .bounds import error_ratio, relative_error
+from .layer_cases import LayerCase, check, layer_case, run
 from .resident_cases import assert_equal, case
 
 HALF = (torch.float16, torch.bfloat16)
 BATCHES, HIDDENS, STEPS, INPUTS = (1, 3, 8, 17), (24, 40, 100, 128), (1, 2, 33), (1, 4, 5, 28, 32)
-
-#: x, h0, c0, the weights of each direction, lengths.
-Arguments = tuple[Tensor, Tensor, Tensor, list[LayerWeights], Tensor | None]
-
-
-@dataclass(frozen=True)
-class LayerCase:
-    """A layer with I columns of x, and how x lies in memory."""
-
-    problem: LstmCase
-    inputs: int
-    biased: bool = True
-
-    def arguments(self, draw: LstmCase, dtype: torch.dtype) -> Arguments:
-        """In `dtype`, h0 and weights that it can hold."""
-        _, h0, c0, w_hh, _, lengths = draw.inputs(dtype)
-        d, rows = draw.directions, 4 * draw.hidden
-        x = draw.normal(5, draw.n_steps, draw.batch, self.inputs).to(dtype)
-        w_ih = (draw.normal(6, d, rows, self.inputs) * self.inputs**-0.5).to(dtype)
-        b = draw.normal(7, 2, d, rows).to(dtype) if self.biased else [[None] * d] * 2
-        own: list[LayerWeights] = [(w_ih[n], w_hh[n], b[0][n], b[1][n], None) for n in range(d)]
-        return x, h0, c0, own, lengths
-
-
-def plain(arguments: Arguments, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """(y, h_n, c_n, gates, c) of PyTorch's operations in `dtype`."""
-    x, h0, c0, own, lengths = arguments
-
-    def cast(v: Tensor | None) -> Tensor | None:
-        return None if v is None else v.to(dtype)
-
-    gx = []
-    for w_ih, _, b_ih, b_hh, _ in own:
-        b = None if b_ih is None or b_hh is None else b_ih.to(dtype) + b_hh.to(dtype)
-        gx.append(linear(x.to(dtype), w_ih.to(dtype), b))
-    w_hh = torch.stack([w[1] for w in own])
-    return plain_lstm.forward(torch.cat(gx, -1), cast(h0), cast(c0), cast(w_hh), None, lengths)
 
 
 @pytest.fixture
@@ -73,26 +35,6 @@ def kernels() -> Iterator[EmulatedRecurrence]:
     block = load_recurrence("block")
     yield block
     block.set_seed(0)
-
-
-def run(kernels: EmulatedRecurrence, arguments: Arguments, save_state: bool = True) -> tuple[Tensor, ...]:
-    return cuda_lstm_layer.lstm_layer(kernels.layer_fwd, *arguments, save_state)
-
-
-def check(kernels: EmulatedRecurrence, layer: LayerCase, dtype: torch.dtype) -> None:
-    full: list[Draw] = []
-    short: list[Draw] = []
-    for draw in layer.problem.draws:
-        arguments = layer.arguments(draw, dtype)
-        want, stock = plain(arguments, torch.float64), plain(arguments, dtype)
-        with poisoned_outputs():
-            full.append((run(kernels, arguments), want, stock))
-            *states, gates, c = run(kernels, arguments, False)
-        assert gates.shape == c.shape == (0,)
-        short.append((states, want[:3], stock[:3]))
-    dtypes = (dtype, dtype, state_dtype(dtype), dtype, state_dtype(dtype))
-    assert_outputs("y h_n c_n gates c", full, dtypes, layer.problem.longest_sum)
-    assert_outputs("y h_n c_n", short, dtypes[:3], layer.problem.longest_sum)
 
 
 #: Every pair of values of two different columns occurs: steps, batch, hidden, inputs, directions, lengths, biases.
@@ -123,16 +65,10 @@ PAIRWISE = [
 ]
 
 
-def layer_case(
-    steps: int, batch: int, hidden: int, inputs: int, directions: int, ragged: bool, biased: bool
-) -> LayerCase:
-    return LayerCase(case(steps, batch, hidden, directions, ragged), inputs, biased)
-
-
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("sizes", PAIRWISE, ids=str)
 def test_parity(kernels: EmulatedRecurrence, sizes: tuple[Any, ...], dtype: torch.dtype) -> None:
-    check(kernels, layer_case(*sizes), dtype)
+    check(kernels.layer_fwd, layer_case(*sizes), dtype)
 
 
 @pytest.mark.slow
@@ -146,7 +82,7 @@ def test_parity_of_every_size(
     for steps, directions, ragged in itertools.product(STEPS, (1, 2), (False, True)):
         kernels.set_seed(steps + directions)
         biased = (steps + directions + ragged) % 2 == 0
-        check(kernels, layer_case(steps, batch, hidden, inputs, directions, ragged, biased), dtype)
+        check(kernels.layer_fwd, layer_case(steps, batch, hidden, inputs, directions, ragged, biased), dtype)
 
 
 def test_every_pair_occurs() -> None:
@@ -160,10 +96,10 @@ def test_every_pair_occurs() -> None:
 def test_threads_in_any_order(kernels: EmulatedRecurrence, hidden: int) -> None:
     layer = layer_case(5, 9, hidden, 28, 2, True, True)
     arguments = layer.arguments(layer.problem, torch.bfloat16)
-    want = run(kernels, arguments)
+    want = run(kernels.layer_fwd, arguments)
     for seed in range(1, 13):
         kernels.set_seed(seed)
-        assert_equal(run(kernels, arguments), want)
+        assert_equal(run(kernels.layer_fwd, arguments), want)
 
 
 @pytest.mark.parametrize("layout", ["batch first", "sliced", "shifted", "odd rows", "expanded"])
@@ -173,17 +109,17 @@ def test_layouts_of_x(kernels: EmulatedRecurrence, inputs: int, layout: str) -> 
     x, *others = layer_case(4, 9, 40, inputs, 2, True, True).arguments(case(4, 9, 40, 2, True), torch.float16)
     if layout == "expanded":
         x = x[:1]
-        want = run(kernels, (x.repeat(4, 1, 1), *others))
+        want = run(kernels.layer_fwd, (x.repeat(4, 1, 1), *others))
         x = x.expand(4, -1, -1)
     else:
-        want = run(kernels, (x, *others))
+        want = run(kernels.layer_fwd, (x, *others))
     if layout == "batch first":
         x = x.transpose(0, 1).contiguous().transpose(0, 1)
     elif layout in ("sliced", "odd rows"):
         x = pad(x, (0, 8 if layout == "sliced" else 3), value=float("nan"))[..., :inputs]
     elif layout == "shifted":
         x = pad(x.flatten(), (1, 0), value=float("nan"))[1:].view(x.shape)
-    assert_equal(run(kernels, (x, *others)), want)
+    assert_equal(run(kernels.layer_fwd, (x, *others)), want)
 
 
 def test_weights_and_states_anywhere(kernels: EmulatedRecurrence) -> None:
@@ -196,8 +132,8 @@ def test_weights_and_states_anywhere(kernels: EmulatedRecurrence) -> None:
         case(3, 3, 40, 2, False), torch.float16
     )
     moved = [tuple(map(shifted, w)) for w in own]
-    got = run(kernels, (x, shifted(h0), shifted(c0), moved, lengths))  # type: ignore[arg-type]
-    assert_equal(got, run(kernels, arguments))
+    got = run(kernels.layer_fwd, (x, shifted(h0), shifted(c0), moved, lengths))  # type: ignore[arg-type]
+    assert_equal(got, run(kernels.layer_fwd, arguments))
 
 
 def test_what_inactive_rows_must_ignore_may_be_nan(kernels: EmulatedRecurrence) -> None:
@@ -206,16 +142,16 @@ def test_what_inactive_rows_must_ignore_may_be_nan(kernels: EmulatedRecurrence) 
     )
     assert lengths is not None
     beyond = torch.arange(4)[:, None] >= lengths[None]
-    want = run(kernels, (x, h0, c0, own, lengths))
+    want = run(kernels.layer_fwd, (x, h0, c0, own, lengths))
     dirty = x.masked_fill(beyond[..., None], float("nan"))
-    assert_equal(run(kernels, (dirty, h0, c0, own, lengths)), want)
+    assert_equal(run(kernels.layer_fwd, (dirty, h0, c0, own, lengths)), want)
 
 
 def test_rows_do_not_touch_each_other(kernels: EmulatedRecurrence) -> None:
     x, *others = layer_case(3, 4, 24, 5, 1, False, True).arguments(case(3, 4, 24, 1, False), torch.float16)
-    want = run(kernels, (x, *others))[0]
+    want = run(kernels.layer_fwd, (x, *others))[0]
     x[0, 2] = float("nan")
-    got = run(kernels, (x, *others))[0]
+    got = run(kernels.layer_fwd, (x, *others))[0]
     assert got[:, 2].isnan().all()
     apart = [0, 1, 3]
     assert torch.equal(got[:, apart], want[:, apart])
@@ -231,7 +167,7 @@ def test_blocks(kernels: EmulatedRecurrence) -> None:
         (20, 1, 1, (1, 1, 256)),
     ]:
         problem = case(1, batch, hidden, directions, False)
-        run(kernels, LayerCase(problem, 4).arguments(problem, torch.float16))
+        run(kernels.layer_fwd, LayerCase(problem, 4).arguments(problem, torch.float16))
         assert kernels.last_launch() == launch
 
 
@@ -239,7 +175,7 @@ def test_nothing_to_do(kernels: EmulatedRecurrence) -> None:
     x, h0, c0, own, _ = layer_case(2, 3, 24, 4, 1, False, True).arguments(
         case(2, 3, 24, 1, False), torch.float16
     )
-    y, h_n, *_ = run(kernels, (x[:, :0], h0[:, :0], c0[:, :0], own, None))
+    y, h_n, *_ = run(kernels.layer_fwd, (x[:, :0], h0[:, :0], c0[:, :0], own, None))
     assert (y.shape, h_n.shape) == ((2, 0, 24), (1, 0, 24))
 
 
@@ -252,7 +188,7 @@ def test_limits_are_those_of_the_header(kernels: EmulatedRecurrence) -> None:
         own = arguments[3][0]
         assert cuda_lstm_layer.why_not(own[0], own[1], None) is not None
         with pytest.raises(ValueError, match="cudaError 1"):
-            run(kernels, arguments)
+            run(kernels.layer_fwd, arguments)
 
 
 # --- who is chosen, and what a stack makes of it
@@ -328,6 +264,30 @@ def test_only_a_measurement_chooses_it() -> None:
 )
 def test_what_the_kernel_cannot_do(module: torch.nn.LSTM, why: str) -> None:
     assert why in str(reason(module, measured("fused")))
+
+
+@pytest.mark.usefixtures("built")
+def test_explain_says_it_of_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Fake tensors stand for those of a GPU, but their mode has to see operators.
+    monkeypatch.setattr(sys.modules["fuseblock.explain"], "plain_eager", lambda tensors: True)
+
+    def parts(**options: Any) -> tuple[dict[str, str | None], list[str]]:
+        found = fuseblock.explain("lstm", x, None, None, own, **options)
+        return dict(found.reasons), [part.op for part in found.parts]
+
+    with FakeTensorMode(), _tables.using(measured("fused")), _engine.always_ours():
+        x = torch.empty(16, 8, 4, dtype=torch.float16, device="cuda")
+        b, w_hh = x.new_empty(256), x.new_empty(256, 64)
+        own: list[LayerWeights] = [(x.new_empty(256, 4), w_hh, b, b, None), (w_hh, w_hh, b, b, None)]
+        reasons, names = parts()
+        assert reasons["fused layer 0"] is None
+        assert "I = 64" in str(reasons["fused layer 1"])
+        assert names == ["layer 1, forward"]
+        for options in ({"lengths": x.new_empty(8, dtype=torch.int64)}, {"batch_sizes": [8] * 16}):
+            x = x.flatten(0, 1) if "batch_sizes" in options else x
+            reasons, names = parts(**options)
+            assert "no measurement of lstm_layer" in str(reasons["fused layer 0"])
+            assert names == ["layer 0, forward", "layer 1, forward"]
 
 
 @pytest.fixture
