@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from fuseblock import gan
+from fuseblock.gan.penalties import _SquaredNorm
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -257,3 +258,51 @@ def test_repr():
         repr(gan.WGANGPPenalty()) == "WGANGPPenalty(weight=10.0, target=1.0, one_sided=False, grad_scale=1.0)"
     )
     assert repr(gan.PathLengthPenalty()) == "PathLengthPenalty(decay=0.01)"
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 2, 2, 2)], ids=str)
+def test_the_squared_norm_is_differentiable_to_any_order(shape):
+    gradient = images(*shape).requires_grad_()
+    if len(shape) > 1:
+        with torch.no_grad():
+            gradient[1] = 0.0  # where the norm itself has no derivative
+
+    def squared(g):
+        return _SquaredNorm.apply(g, 4.0)
+
+    def slope(g):
+        return torch.autograd.grad(squared(g).sum().square(), g, create_graph=True)[0]
+
+    torch.testing.assert_close(squared(gradient), (gradient / 4).square().reshape(3, -1).sum(1))
+    assert gradcheck(squared, gradient, check_forward_ad=True)
+    assert gradgradcheck(squared, gradient) and gradgradcheck(slope, gradient)
+    assert torch.equal(torch.vmap(squared)(gradient.detach()[None])[0], squared(gradient))
+
+
+def test_the_squared_norm_passes_over_the_gradient_once():
+    """One operator on tensors of its size forward, and one backward: so many launches they are on a GPU."""
+    gradient, size = images(4, 3, 5, 5, dtype=torch.float32).requires_grad_(), 300
+    free = {
+        "view",
+        "reshape",
+        "expand",
+        "unsqueeze",
+        "slice",
+        "alias",
+        "_reshape_alias",
+        "as_strided",
+        "to",
+        "detach",
+    }
+
+    def passes(run):
+        with torch.profiler.profile(record_shapes=True) as profile:
+            result = run()
+        found = [e.name.removeprefix("aten::") for e in profile.events() if e.name.startswith("aten::")
+                 and any(math.prod(shape) == size for shape in e.input_shapes if shape)]  # fmt: skip
+        return result, [name for name in found if name not in free]
+
+    squared, forward = passes(lambda: _SquaredNorm.apply(gradient, 2.0))
+    assert forward == ["linalg_vector_norm"]
+    _, backward = passes(lambda: torch.autograd.grad(squared.sum(), gradient))
+    assert backward == ["mul"]
