@@ -190,3 +190,27 @@ def test_bad_input():
         gan.ExponentialMovingAverage(net, 1.5)
     with pytest.raises(ValueError, match="buffers: expected 'average' or 'copy', got 'keep'"):
         gan.ExponentialMovingAverage(net, buffers="keep")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_update_is_a_few_operators_on_lists(dtype, monkeypatch):
+    """However many tensors there are; each list has one pair of dtypes, which a launch on a GPU takes."""
+    blocks = [torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)) for _ in range(5)]
+    model = fuseblock.nn.spectral_norm(torch.nn.Sequential(*blocks)).to(dtype)
+    ema, calls = gan.ExponentialMovingAverage(model, 0.5), []
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.fill_(3.0)
+    runs = {name: getattr(torch, name) for name in ("_foreach_lerp_", "_foreach_copy_")}
+    for name in runs:
+
+        def counted(to, of, *rest, name=name, run=runs[name]):
+            calls.append(name)
+            assert len({x.dtype for x in to}) == len({x.dtype for x in of}) == 1
+            run(to, of, *rest)
+
+        monkeypatch.setattr(torch, name, counted)
+    ema.update(model)
+    # Averaged tensors, u and v of spectral norm, counters of batches; 16-bit values are widened first.
+    assert sorted(calls) == ["_foreach_copy_"] * (2 if dtype == torch.float32 else 3) + ["_foreach_lerp_"]
+    assert ema.averages["0.0.weight_u"].eq(3.0).all() and ema.averages["4.1.num_batches_tracked"] == 3

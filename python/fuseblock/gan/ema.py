@@ -22,6 +22,8 @@ class ExponentialMovingAverage:
     weights', so a spectral norm of averaged weights in eval mode is as good as these are near; a forward in training mode
     brings u and v nearer.
 
+    Parameters and buffers are updated in lists, one for each dtype: on a GPU a few launches, not some for each tensor.
+
     The model is passed to each call and not kept, so averages can be copied (``copy.deepcopy``), pickled and moved to
     another process alone. Under DistributedDataParallel pass the module inside.
 
@@ -76,20 +78,25 @@ class ExponentialMovingAverage:
         Raises:
             ValueError: a model whose tensors have other names or shapes.
         """
-        averaged: tuple[list[Tensor], list[Tensor]] = [], []
-        copied: tuple[list[Tensor], list[Tensor]] = [], []
+        # A launch takes many tensors, but of one pair of dtypes.
+        groups: dict[tuple[bool, torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         constant = _power_iteration_vectors(model)
         if self.buffers == "copy":
             constant = {name for name, _ in model.named_buffers()}
         for name, average, value in self._pairs(model):
-            moves = average.is_floating_point() or average.is_complex()
-            chosen = averaged if moves and name not in constant else copied
-            chosen[0].append(average)
-            chosen[1].append(value.to(average.dtype) if chosen is averaged else value)
-        if averaged[0]:
-            torch._foreach_lerp_(*averaged, 1.0 - self.current_decay())
-        if copied[0]:
-            torch._foreach_copy_(*copied)
+            moves = (average.is_floating_point() or average.is_complex()) and name not in constant
+            averages, values = groups.setdefault((moves, average.dtype, value.dtype), ([], []))
+            averages.append(average)
+            values.append(value)
+        for (moves, own, given), (averages, values) in groups.items():
+            if moves and own != given:
+                wide = [torch.empty_like(average) for average in averages]
+                torch._foreach_copy_(wide, values)
+                values = wide
+            if moves:
+                torch._foreach_lerp_(averages, values, 1.0 - self.current_decay())
+            else:
+                torch._foreach_copy_(averages, values)
         self.updates += 1
 
     @torch.no_grad()
