@@ -9,9 +9,11 @@ import itertools
 import re
 
 import pytest
+import torch
 
 from fuseblock.launch import lstm_grid
 
+from .ops.resident_cases import cluster_classes
 from .test_compile_cuda import ARCHITECTURES, ROOT, instructions, sass, written
 
 Code = list[tuple[int, str]]
@@ -93,41 +95,41 @@ def test_grid_tier_in_float32(direction: str, architecture: str) -> None:
     assert seen == set(itertools.product((1, 3), lstm_grid.CLASSES[4]))
 
 
-def cluster_classes() -> dict[int, tuple[int, ...]]:
-    """H -> (blocks, parts of k, tiles of weights in registers: one tile of rows, two, not aligned)."""
-    header = (ROOT / "csrc" / "cuda" / "lstm_recurrence_cluster.h").read_text()
-    found = (map(int, text.split(", ")) for text in re.findall(r"X\((\d[^)]*)\)", header))
-    return {hidden: tuple(others) for hidden, *others in found}
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
-def test_cluster_tier(direction: str, architecture: str) -> None:
+def test_cluster_tier(direction: str, dtype: torch.dtype, architecture: str) -> None:
     """Weights in registers that a step does not write, others in shared memory; what blocks exchange leaves as st.async."""
-    kernels = sass(ROOT / "csrc" / "cuda" / f"lstm_recurrence_cluster_{direction}.cu", architecture)
+    float32, classes = dtype == torch.float32, cluster_classes(dtype)
+    stem = f"lstm_recurrence_cluster_{direction}{'_float32' if float32 else ''}"
     seen = set()
-    for code in kernels:
+    for code in sass(ROOT / "csrc" / "cuda" / f"{stem}.cu", architecture):
         name = code.split("\n", 1)[0]
-        hidden, tiles, aligned = map(int, re.search(r"ClassILi(\d+)\S*?EELi(\d)ELb(\d)E", name).groups())
-        blocks, parts, *registers = cluster_classes()[hidden]
-        weights = hidden // 8 // parts
-        held = min(weights, registers[tiles - 1 if aligned else 2])
+        found = re.search(r"ClassILi(\d+)\S*?EELi(\d)ELb(\d)ELi(\d)E", name).groups()
+        hidden, tiles, aligned, passes = map(int, found)
+        blocks, parts, *registers = classes[hidden]
+        weights = hidden * dtype.itemsize // 16 // parts
+        held = min(weights, registers[tiles if aligned else 0])
         loops = loops_around_mma(instructions(code))
         product, time = loops[0], loops[-1]
         rows_at_once = tiles if direction == "fwd" else 1
-        assert sum("HMMA.16816" in text for text in product) == weights * rows_at_once, name
+        mma = "HMMA.1688.F32.TF32" if float32 else "HMMA.16816"
+        assert sum(mma in text for text in product) == passes * weights * rows_at_once, name
         over = set().union(*map(written, time))
-        resident = [tile for tile in weight_tiles(product) if over.isdisjoint(range(tile, tile + 4))]
-        assert len(resident) == held, f"{name}: {len(resident)} tiles of weights stay in registers"
+        if passes == 1:  # three multiply what they have split, which is written in every step
+            resident = [tile for tile in weight_tiles(product) if over.isdisjoint(range(tile, tile + 4))]
+            assert len(resident) == held, f"{name}: {len(resident)} tiles of weights stay in registers"
         assert sum("LDS.128" in text for text in product) >= weights - held, name
         assert not [text for text in time if re.search(r"\b(LDL|STL)\b", text)], f"{name} spills"
-        sends = blocks // (4 if direction == "fwd" else 2 * parts)
+        # A cell tile's h is 8 rows of 8 units, 16 bytes a lane; of dgates a lane has 16 bytes for each result.
+        sends = blocks * dtype.itemsize // 8 if direction == "fwd" else blocks // (2 * parts)
         assert sum("STAS.128" in text for text in time) >= sends, name
         assert any("SYNCS.PHASECHK" in text for text in time), name
-        if aligned:
+        if aligned or float32:
             # gx, y and gates; gates, dy and d(gx)
             loads, stores = (sum(kind in text for text in time) for kind in ("LDG.E.128", "STG.E.128"))
             assert loads >= (1 if direction == "fwd" else 2), f"{name}: {loads} loads of 16 bytes"
             assert stores >= (2 if direction == "fwd" else 1), f"{name}: {stores} stores of 16 bytes"
-        seen.add((hidden, tiles, aligned))
-    assert seen == {(h, *kind) for h in cluster_classes() for kind in ((1, 0), (1, 1), (2, 1))}
+        seen.add((hidden, tiles, aligned, passes))
+    kinds = [(1, 0, 1), (1, 0, 3)] if float32 else [(1, 0, 1), (1, 1, 1), (2, 1, 1)]
+    assert seen == {(hidden, *kind) for hidden in classes for kind in kinds}

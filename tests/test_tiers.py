@@ -71,16 +71,20 @@ def test_shared_memory_at_launch_fits(capsys: pytest.CaptureFixture[str]) -> Non
     assert report["shared_at_launch"]["cuda (grid)"]["H200"]["float16"][0] > 24 * 8 * 512
 
 
-@pytest.mark.parametrize("hidden", _tiers._CLUSTER_SHARED)
-def test_shared_memory_of_clusters_is_what_their_launchers_need(hidden: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "hidden"),
+    [(d, h) for d in (torch.float16, torch.float32) for h in _tiers._CLUSTER_SHARED[d.itemsize]],
+    ids=str,
+)
+def test_shared_memory_of_clusters_is_what_their_launchers_need(dtype: torch.dtype, hidden: int) -> None:
     """With one byte less not one cluster fits on the emulated device."""
     from .emulator import load_recurrence
 
     kernels = load_recurrence("cluster", "plain")
-    w_hh = torch.empty(1, 4 * hidden, hidden, dtype=torch.float16)
+    w_hh = torch.empty(1, 4 * hidden, hidden, dtype=dtype)
     try:
         for backward in (False, True):
-            needed = _tiers.launches()["cuda (cluster)"](torch.float16, hidden, backward, gpus.H200)
+            needed = _tiers.launches()["cuda (cluster)"](dtype, hidden, backward, gpus.H200)
             for available, fits in ((needed, True), (needed - 1, False)):
                 kernels.set_device(shared_bytes=available)
                 assert (kernels.resident(w_hh, backward) > 0) is fits

@@ -13,10 +13,11 @@ namespace fuseblock::lstm_cluster {
 
 using namespace lstm_recurrence;
 
-template <int H, int C, int P, int R1, int R2, int R3>
+template <int H, int C, int P, int R, int R1 = 0, int R2 = 0>
 struct Class {
   static constexpr int kHidden = H, kCluster = C, kParts = P;
-  static constexpr int registers(int tiles, bool aligned) { return tiles == 2 ? R2 : aligned ? R1 : R3; }
+  static constexpr bool kHasAligned = R1 > 0;  // kernels, for one tile and for two
+  static constexpr int registers(int tiles, bool aligned) { return !aligned ? R : tiles == 1 ? R1 : R2; }
   static constexpr int kUnits = H / C, kGroups = kUnits / kTileUnits;  // of a block
   static constexpr int kWarps = kGroups * kParts, kThreads = 32 * kWarps;
   static_assert(kGroups * kTileUnits * C == H);
@@ -62,38 +63,48 @@ struct Arrivals {
   }
 };
 
-// Calls run.operator()<T, Class>() for the smallest class that holds H.
-template <class Run>
-int with_class(int64_t hidden, int dtype, int otherwise, Run run) {
-#define FB_LSTM_CLUSTER_CASE(H, ...)                                                              \
-  if (hidden <= H) {                                                                              \
-    if (dtype == kFloat16) return run.template operator()<__half, Class<H, __VA_ARGS__>>();         \
-    if (dtype == kBFloat16) return run.template operator()<__nv_bfloat16, Class<H, __VA_ARGS__>>(); \
+// Calls run.operator()<Class>() for the smallest class that holds H.
+template <class T, class Run>
+int with_class(int64_t hidden, int otherwise, Run run) {
+#define FB_LSTM_CLUSTER_CASE(...) \
+  if (hidden <= Class<__VA_ARGS__>::kHidden) return run.template operator()<Class<__VA_ARGS__>>();
+  if constexpr (std::is_same_v<T, float>) {
+    FB_LSTM_CLUSTER_FLOAT32_CLASSES(FB_LSTM_CLUSTER_CASE)
+  } else {
+    FB_LSTM_CLUSTER_CLASSES(FB_LSTM_CLUSTER_CASE)
   }
-  FB_LSTM_CLUSTER_CLASSES(FB_LSTM_CLUSTER_CASE)
 #undef FB_LSTM_CLUSTER_CASE
   return otherwise;
 }
 
-// Calls launch.operator()<T, Class, kTiles, kAligned>(grid) for the kernel that fits; cudaSuccess where there is nothing to
-// do. Two tiles of rows share the weights of a cluster, but not its time: they pay where not all have a cluster of their own.
-// aligned(elements of 16 bytes): whether tensors are. `one_tile`: never two.
-template <class Aligned, class Launch>
-int dispatch(const LstmShape& shape, int dtype, const void* w_hh, Aligned aligned, bool one_tile, Launch launch) {
+// Calls launch.operator()<Class, kTiles, kAligned>(grid) for the kernel that fits; cudaSuccess where there is nothing to do. Two
+// tiles of rows share the weights of a cluster, but not its time: they pay where not all have a cluster of their own.
+// `one_tile`: never two.
+template <class T, class Launch>
+int dispatch(const LstmShape& shape, const void* w_hh, bool aligned, bool one_tile, Launch launch) {
   const bool valid = shape.steps > 0 && shape.steps <= INT32_MAX && shape.batch >= 0 && shape.hidden >= 0 &&
                      (shape.directions == 1 || shape.directions == 2);
   if (!valid || !are_aligned({w_hh})) return cudaErrorInvalidValue;
-  return with_class(shape.hidden, dtype, cudaErrorInvalidValue, [&]<class T, class Class>() -> int {
+  return with_class<T>(shape.hidden, cudaErrorInvalidValue, [&]<class Class>() -> int {
     if (shape.batch == 0 || shape.hidden == 0) return cudaSuccess;
     const int64_t tiles = (shape.batch + kTileRows - 1) / kTileRows;
-    const bool pieces = aligned(kVectorWidth<T>);
-    const bool two = pieces && !one_tile && tiles * shape.directions > shape.multiprocessors / Class::kCluster;
+    const bool two = Class::kHasAligned && aligned && !one_tile &&
+                     tiles * shape.directions > shape.multiprocessors / Class::kCluster;
     const int64_t blocks = (two ? (tiles + 1) / 2 : tiles) * Class::kCluster;
     if (blocks > INT32_MAX) return cudaErrorInvalidValue;
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(shape.directions));
-    if (two) return launch.template operator()<T, Class, 2, true>(grid);
-    return pieces ? launch.template operator()<T, Class, 1, true>(grid) : launch.template operator()<T, Class, 1, false>(grid);
+    if constexpr (Class::kHasAligned) {
+      if (two) return launch.template operator()<Class, 2, true>(grid);
+      if (aligned) return launch.template operator()<Class, 1, true>(grid);
+    }
+    return launch.template operator()<Class, 1, false>(grid);
   });
 }
+
+// The float32 instances are in files of their own.
+int run_float32(const LstmFwd& op, void* stream);
+int run_float32(const LstmBwd& op, void* stream);
+int resident_fwd_float32(int64_t hidden);
+int resident_bwd_float32(int64_t hidden);
 
 }  // namespace fuseblock::lstm_cluster

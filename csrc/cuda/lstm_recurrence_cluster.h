@@ -6,16 +6,18 @@
 
 namespace fuseblock {
 
-// The sizes that the kernels are compiled for, and the only list of them; smaller H is padded with zero units up to the next.
+// The sizes that the kernels are compiled for, and the only lists of them; smaller H is padded with zero units up to the next.
 // H, blocks of a cluster, parts that warps split k into, tiles of weights that a warp keeps in registers (the others: in
-// shared memory) for one tile of 8 rows, for two, and for one of a tensor that is not aligned. More than 8 blocks are more than
-// every GPU with clusters promises.
+// shared memory). 16 bit has two kernels more, for tensors that are aligned: their tiles in registers, for one tile of 8 rows
+// and for two. More than 8 blocks are more than every GPU with clusters promises.
 #define FB_LSTM_CLUSTER_CLASSES(X) \
-  X(256, 4, 1, 32, 32, 32) X(384, 8, 2, 20, 16, 16) X(512, 16, 2, 32, 32, 32) X(640, 16, 2, 20, 16, 17)
+  X(256, 4, 1, 32, 32, 32) X(384, 8, 2, 16, 20, 16) X(512, 16, 2, 32, 32, 32) X(640, 16, 2, 17, 20, 16)
+#define FB_LSTM_CLUSTER_FLOAT32_CLASSES(X) X(256, 8, 2, 28) X(384, 16, 4, 14) X(512, 16, 2, 28)
 
 }  // namespace fuseblock
 
-// dtype: fuseblock::DType number of T. With more tiles of 8 rows than clusters that fit side by side, a cluster takes 16 rows.
+// dtype: fuseblock::DType number of T. With more tiles of 8 rows than clusters that fit side by side, a cluster takes 16 rows
+// (not in float32).
 extern "C" {
 int launch_lstm_cluster_fwd(const fuseblock::LstmFwd* op, int dtype, void* stream);
 int launch_lstm_cluster_bwd(const fuseblock::LstmBwd* op, int dtype, void* stream);

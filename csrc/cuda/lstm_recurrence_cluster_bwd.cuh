@@ -36,7 +36,7 @@ struct BackwardMemory {
 };
 
 template <class T, class Class, int kTiles, bool kAligned, int kPasses>
-__device__ __forceinline__ void backward(const LstmBwd& op) {
+__device__ __forceinline__ void backward(const LstmBwd& op, bool aligned) {
   using Memory = BackwardMemory<T, Class, kTiles, kAligned>;
   using Is = Warp<Class, kTiles>;
   constexpr int kRows = kTiles * kTileRows, kCells = Is::kCells;
@@ -75,8 +75,8 @@ __device__ __forceinline__ void backward(const LstmBwd& op) {
   const auto ask = [&] {
 #pragma unroll
     for (int n = 0; n < kCells; ++n) {
-      arriving[n].load(saved_gates, kAligned, me.tile(n) * kTileRows, me.first_unit, me);
-      if (has_dy) arriving_dy[n].load(dy, kAligned, me.tile(n) * kTileRows, me.first_unit, me);
+      arriving[n].load(saved_gates, aligned, me.tile(n) * kTileRows, me.first_unit, me);
+      if (has_dy) arriving_dy[n].load(dy, aligned, me.tile(n) * kTileRows, me.first_unit, me);
     }
   };
   const auto put = [&] {
@@ -185,7 +185,7 @@ __device__ __forceinline__ void backward(const LstmBwd& op) {
     // d(gx) leaves, and what has been asked for takes its place, while the shares are on their way.
 #pragma unroll
     for (int n = 0; n < kCells; ++n) {
-      Pieces<T, kGates>::store(&dgates[me.tile(n)][me.group * kTileCores<T>], Memory::kGateCores, dgx, kAligned,
+      Pieces<T, kGates>::store(&dgates[me.tile(n)][me.group * kTileCores<T>], Memory::kGateCores, dgx, aligned,
                                me.tile(n) * kTileRows, me.first_unit, me);
       c_before[n] = arriving_c[n];
     }
@@ -219,9 +219,37 @@ __device__ __forceinline__ void backward(const LstmBwd& op) {
   }
 }
 
+// kAligned: known when compiled, else `aligned` says.
 template <class T, class Class, int kTiles, bool kAligned, int kPasses>
-__global__ void __launch_bounds__(Class::kThreads, 1) lstm_cluster_bwd_kernel(const LstmBwd op) {
-  if constexpr (kHasClusters) backward<T, Class, kTiles, kAligned, kPasses>(op);
+__global__ void __launch_bounds__(Class::kThreads, 1) lstm_cluster_bwd_kernel(const LstmBwd op, const bool aligned) {
+  if constexpr (kHasClusters) backward<T, Class, kTiles, kAligned, kPasses>(op, kAligned || aligned);
+}
+
+// Blocks that run at the same time, of the kernel that takes most shared memory.
+template <class T>
+int resident_bwd(int64_t hidden) {
+  return with_class<T>(hidden, 0, [&]<class Class>() {
+    constexpr bool kAligned = Class::kHasAligned;
+    constexpr int kTiles = kAligned ? 2 : 1;
+    return FB_RESIDENT_BLOCKS((lstm_cluster_bwd_kernel<T, Class, kTiles, kAligned, 1>), Placement{Class::kCluster},
+                              dim3(Class::kThreads), (BackwardMemory<T, Class, kTiles, kAligned>::bytes()))
+        .blocks;
+  });
+}
+
+template <class T, int kPasses>
+int run(const LstmBwd& op, void* stream) {
+  if (!fits(op.dy)) return cudaErrorInvalidValue;
+  constexpr int kWidth = kVectorWidth<T>;
+  const bool aligned = op.shape.hidden % kWidth == 0 && is_aligned(op.dy, kWidth) && are_aligned({op.gates, op.dgx});
+  // One tile leaves registers for gradients that only second derivatives bring.
+  const bool one_tile = op.d_gates != nullptr || op.d_c != nullptr;
+  return dispatch<T>(op.shape, op.w_hh, aligned, one_tile, [&]<class Class, int kTiles, bool kAligned>(dim3 grid) {
+    constexpr size_t kBytes = BackwardMemory<T, Class, kTiles, kAligned>::bytes();
+    static_assert(kBytes <= kMostSharedBytes);
+    return FB_LAUNCH_PLACED((lstm_cluster_bwd_kernel<T, Class, kTiles, kAligned, kPasses>), Placement{Class::kCluster}, grid,
+                            dim3(Class::kThreads), kBytes, stream, op, aligned);
+  });
 }
 
 }  // namespace fuseblock::lstm_cluster

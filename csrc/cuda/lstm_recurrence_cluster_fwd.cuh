@@ -36,11 +36,12 @@ struct ForwardMemory {
 };
 
 template <class T, class Class, int kTiles, bool kAligned, int kPasses>
-__device__ __forceinline__ void forward(const LstmFwd& op) {
+__device__ __forceinline__ void forward(const LstmFwd& op, bool aligned) {
   using Memory = ForwardMemory<T, Class, kTiles, kAligned>;
   using Is = Warp<Class, kTiles>;
   constexpr int kRows = kTiles * kTileRows, kSteps = Memory::kSteps, kCells = Is::kCells;
   constexpr int kWidth = kVectorWidth<T>, kCores = Class::kHidden / kWidth;
+  constexpr int kPiece = kPasses == 3 && kSteps % 8 == 0 ? 8 : kSteps;  // or three passes are less accurate than float32
   FB_DYNAMIC_SHARED(Memory, shared);
 
   const Is me;
@@ -60,7 +61,7 @@ __device__ __forceinline__ void forward(const LstmFwd& op) {
   const auto h0 = slice.state(static_cast<const T*>(op.h0));
   for (int n = threadIdx.x; n < kTiles * kCores * kTileRows; n += Class::kThreads) {
     const int row = n % kTileRows, core = n / kTileRows % kCores, tile = n / kTileRows / kCores;
-    shared->h[0][tile][core].row[row] = load_piece(h0, kAligned, tile * kTileRows + row, core * kWidth);
+    shared->h[0][tile][core].row[row] = load_piece(h0, aligned, tile * kTileRows + row, core * kWidth);
   }
   const Arrivals arrivals{shared->ready, sizeof(shared->h[0]), slice.steps - 1};
   if (threadIdx.x == 0) arrivals.init();
@@ -74,7 +75,7 @@ __device__ __forceinline__ void forward(const LstmFwd& op) {
 #pragma unroll
     for (int n = 0; n < kCells; ++n) {
       const int first_row = me.tile(n) * kTileRows, row = first_row + me.row, unit = me.first_unit + me.unit;
-      arriving[n].load(gx, kAligned, first_row, me.first_unit, me);
+      arriving[n].load(gx, aligned, first_row, me.first_unit, me);
       arriving[n].put(shared->stage[me.group][me.tile(n)].gates, me);
       h[n] = load_cells<T>(h0, row, unit);
       c[n] = load_cells<float>(c0, row, unit);
@@ -90,13 +91,13 @@ __device__ __forceinline__ void forward(const LstmFwd& op) {
     gx.move(1);
     if (step + 1 < slice.steps && me.has_cells) {
 #pragma unroll
-      for (int n = 0; n < kCells; ++n) arriving[n].load(gx, kAligned, me.tile(n) * kTileRows, me.first_unit, me);
+      for (int n = 0; n < kCells; ++n) arriving[n].load(gx, aligned, me.tile(n) * kTileRows, me.first_unit, me);
     }
     if (step > 0) arrivals.wait(step - 1);
 
     // W h for all rows: gates i and f, and g and o, of 8 units.
     Sums sum[kTiles][2], own[kCells][2];
-    multiply_all<T, kPasses, kSteps>(sum, weights, &shared->h[step % 2][0][me.part * kSteps * 2], kCores, me);
+    multiply_all<T, kPasses, kSteps, kPiece>(sum, weights, &shared->h[step % 2][0][me.part * kSteps * 2], kCores, me);
     add_parts(own, sum, shared->sums(me.group), me.part, 1 + me.group, me);
     if (!me.has_cells) continue;
 
@@ -133,14 +134,14 @@ __device__ __forceinline__ void forward(const LstmFwd& op) {
         }
       }
       if (me.index < kPieces) {
-        store_piece(y, kAligned, first_row + row, me.first_unit + core * kWidth,
+        store_piece(y, aligned, first_row + row, me.first_unit + core * kWidth,
                     t < piece_length[n] ? piece : zeros<T, kWidth>());
       }
       if (saves) {
         put_gates(stage.gates, kTileCores<T>, activated, me);
         store_cells(saved_c, first_row + me.row, me.first_unit + me.unit, c[n]);
         __syncwarp();
-        Pieces<T, kGates>::store(stage.gates, kTileCores<T>, saved_gates, kAligned, first_row, me.first_unit, me);
+        Pieces<T, kGates>::store(stage.gates, kTileCores<T>, saved_gates, aligned, first_row, me.first_unit, me);
       }
       arriving[n].put(stage.gates, me);  // where this very lane has just taken its pieces from
     }
@@ -159,9 +160,35 @@ __device__ __forceinline__ void forward(const LstmFwd& op) {
   }
 }
 
+// kAligned: known when compiled, else `aligned` says.
 template <class T, class Class, int kTiles, bool kAligned, int kPasses>
-__global__ void __launch_bounds__(Class::kThreads, 1) lstm_cluster_fwd_kernel(const LstmFwd op) {
-  if constexpr (kHasClusters) forward<T, Class, kTiles, kAligned, kPasses>(op);
+__global__ void __launch_bounds__(Class::kThreads, 1) lstm_cluster_fwd_kernel(const LstmFwd op, const bool aligned) {
+  if constexpr (kHasClusters) forward<T, Class, kTiles, kAligned, kPasses>(op, kAligned || aligned);
+}
+
+// Blocks that run at the same time, of the kernel that takes most shared memory.
+template <class T>
+int resident_fwd(int64_t hidden) {
+  return with_class<T>(hidden, 0, [&]<class Class>() {
+    constexpr bool kAligned = Class::kHasAligned;
+    constexpr int kTiles = kAligned ? 2 : 1;
+    return FB_RESIDENT_BLOCKS((lstm_cluster_fwd_kernel<T, Class, kTiles, kAligned, 1>), Placement{Class::kCluster},
+                              dim3(Class::kThreads), (ForwardMemory<T, Class, kTiles, kAligned>::bytes()))
+        .blocks;
+  });
+}
+
+template <class T, int kPasses>
+int run(const LstmFwd& op, void* stream) {
+  if (!fits(op.gx)) return cudaErrorInvalidValue;
+  constexpr int kWidth = kVectorWidth<T>;
+  const bool aligned = op.shape.hidden % kWidth == 0 && is_aligned(op.gx, kWidth) && are_aligned({op.h0, op.y, op.gates});
+  return dispatch<T>(op.shape, op.w_hh, aligned, false, [&]<class Class, int kTiles, bool kAligned>(dim3 grid) {
+    constexpr size_t kBytes = ForwardMemory<T, Class, kTiles, kAligned>::bytes();
+    static_assert(kBytes <= kMostSharedBytes);
+    return FB_LAUNCH_PLACED((lstm_cluster_fwd_kernel<T, Class, kTiles, kAligned, kPasses>), Placement{Class::kCluster}, grid,
+                            dim3(Class::kThreads), kBytes, stream, op, aligned);
+  });
 }
 
 }  // namespace fuseblock::lstm_cluster

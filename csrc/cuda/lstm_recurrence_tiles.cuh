@@ -234,44 +234,49 @@ using Sums = Vec<float, 4>;
 
 // sum[tile][m] = the warp's kRows tiles of 16 rows times each tile of the batch, over kSteps operand steps from core matrix b[0]
 // on; `stride`: core matrices from one tile of the batch to the next. The weights' tile of rows m and step k is number
-// k * kRows + m. At least four chains of mma are on their way at a time, where there are as many tiles or steps.
-template <class T, int kPasses, int kSteps, int kTiles, int kRows, class Tiles>
+// k * kRows + m. At least four chains of mma are on their way at a time, where there are as many tiles or steps. They are summed
+// every kPiece steps: short chains round less.
+template <class T, int kPasses, int kSteps, int kPiece = kSteps, int kTiles, int kRows, class Tiles>
 __device__ __forceinline__ void multiply_all(Sums (&sum)[kTiles][kRows], const Tiles& weights, const Core<T>* b, int stride,
                                              const Lane& me) {
-  static_assert(kSteps % 2 == 0);
+  static_assert(kPiece % 2 == 0 && kSteps % kPiece == 0);
   constexpr int kChains = kTiles * kRows < 4 ? 2 : 1;
-  Sum<kPasses> chain[kTiles][kRows][kChains];
 #pragma unroll
-  for (int k = 0; k < kSteps; k += 2) {
-    RightOperand<T, kPasses> operands[kTiles][2];
+  for (int first = 0; first < kSteps; first += kPiece) {
+    Sum<kPasses> chain[kTiles][kRows][kChains];
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      uint32_t r[4];
-      ldmatrix<4>(r, &b[tile * stride + 2 * k + me.index / kTileRows].row[me.index % kTileRows]);
-      operands[tile][0] = right_operand<T, kPasses>(r[0], r[1]);
-      operands[tile][1] = right_operand<T, kPasses>(r[2], r[3]);
-    }
+    for (int k = first; k < first + kPiece; k += 2) {
+      RightOperand<T, kPasses> operands[kTiles][2];
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+      for (int tile = 0; tile < kTiles; ++tile) {
+        uint32_t r[4];
+        ldmatrix<4>(r, &b[tile * stride + 2 * k + me.index / kTileRows].row[me.index % kTileRows]);
+        operands[tile][0] = right_operand<T, kPasses>(r[0], r[1]);
+        operands[tile][1] = right_operand<T, kPasses>(r[2], r[3]);
+      }
 #pragma unroll
-      for (int m = 0; m < kRows; ++m) {
-        // Or the loads of all weights in shared memory begin at once, and take the registers of the others.
-        if (m % 2 == 0 && (k + n) * kRows + m + 1 >= Tiles::kHeld) __syncwarp();
-        const WeightTile weight = weights.get((k + n) * kRows + m);
+      for (int n = 0; n < 2; ++n) {
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          multiply<T, kPasses>(chain[tile][m][n % kChains], weight.part, operands[tile][n]);
+        for (int m = 0; m < kRows; ++m) {
+          // Or the loads of all weights in shared memory begin at once, and take the registers of the others.
+          if (m % 2 == 0 && (k + n) * kRows + m + 1 >= Tiles::kHeld) __syncwarp();
+          const WeightTile weight = weights.get((k + n) * kRows + m);
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            multiply<T, kPasses>(chain[tile][m][n % kChains], weight.part, operands[tile][n]);
+          }
         }
       }
     }
-  }
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
+    for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-    for (int m = 0; m < kRows; ++m) {
+      for (int m = 0; m < kRows; ++m) {
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        sum[tile][m].element[n] = chain[tile][m][0][n] + (kChains == 1 ? 0 : chain[tile][m][kChains - 1][n]);
+        for (int n = 0; n < 4; ++n) {
+          const float piece = chain[tile][m][0][n] + (kChains == 1 ? 0 : chain[tile][m][kChains - 1][n]);
+          sum[tile][m].element[n] = first == 0 ? piece : sum[tile][m].element[n] + piece;
+        }
       }
     }
   }

@@ -25,12 +25,11 @@ from .launch.gpu import Gpu
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _KERNEL = re.compile(r"lstm_(\w+?)_(fwd|bwd|bwd_bwd)_kernel<")
 
-#: Of the cluster tier, by H: forward and backward with two tiles of rows. A test compares them with the launchers.
+#: Of the cluster tier, by bytes of an element and H: forward and backward, with two tiles of rows where there are such
+#: kernels. A test compares them with the launchers.
 _CLUSTER_SHARED = {
-    256: (26_640, 59_408),
-    384: (106_000, 118_288),
-    512: (54_288, 78_864),
-    640: (190_736, 221_456),
+    2: {256: (26_640, 59_408), 384: (106_000, 118_288), 512: (54_288, 78_864), 640: (190_736, 221_456)},
+    4: {256: (46_096, 46_096), 384: (102_160, 96_016), 512: (193_552, 193_552)},
 }
 
 #: The largest H of a tier, None for any.
@@ -68,7 +67,8 @@ def _resident(tier: resident_recurrence.Tier, dtype: torch.dtype, gpu: Gpu) -> i
 
 
 def _cluster_shared(dtype: torch.dtype, hidden: int, backward: bool, gpu: Gpu) -> int:
-    return _CLUSTER_SHARED[next(h for h in _CLUSTER_SHARED if h >= hidden)][backward]
+    by_hidden = _CLUSTER_SHARED[dtype.itemsize]
+    return by_hidden[next(h for h in by_hidden if h >= hidden)][backward]
 
 
 def _grid_shared(dtype: torch.dtype, hidden: int, backward: bool, gpu: Gpu) -> int:

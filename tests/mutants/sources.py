@@ -165,6 +165,8 @@ SOURCES = [
     _resident("csrc/cuda/lstm_recurrence_cluster_fwd.cu", "cluster"),
     _resident("csrc/cuda/lstm_recurrence_cluster_bwd.cuh", "cluster"),
     _resident("csrc/cuda/lstm_recurrence_cluster_bwd.cu", "cluster"),
+    _resident("csrc/cuda/lstm_recurrence_cluster_fwd_float32.cu", "cluster"),
+    _resident("csrc/cuda/lstm_recurrence_cluster_bwd_float32.cu", "cluster"),
     _resident("csrc/cuda/lstm_recurrence_grid.cuh", "grid"),
     _resident("csrc/cuda/lstm_recurrence_grid_fwd.cuh", "grid"),
     _resident("csrc/cuda/lstm_recurrence_grid_bwd.cuh", "grid"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from fuseblock.launch import resident_recurrence
 
 from ..backends import available
 from ..emulator import load_recurrence
+from ..emulator.build import ROOT
 from .lstm_cases import LstmCase
 
 
@@ -63,6 +65,17 @@ def check_any_order(ops: TierOps, problem: LstmCase, dtype: torch.dtype, seeds: 
         assert_equal(ops.both(inputs), want)
 
 
+def cluster_classes(dtype: torch.dtype) -> dict[int, tuple[int, ...]]:
+    """What the cluster tier's header lists for a dtype.
+
+    H -> (blocks, parts of k, tiles of weights in registers: of any tensors; aligned, one tile of rows; two).
+    """
+    header = (ROOT / "csrc" / "cuda" / "lstm_recurrence_cluster.h").read_text().replace("\\\n", "")
+    name = "FLOAT32_CLASSES" if dtype == torch.float32 else "CLUSTER_CLASSES"
+    found = re.findall(r"X\((\d[^)]*)\)", re.search(rf"{name}\(X\)(.*)", header)[1])
+    return {hidden: tuple(rest) for hidden, *rest in (map(int, text.split(", ")) for text in found)}
+
+
 @contextmanager
 def passes_of_float32(count: int) -> Iterator[None]:
     """PyTorch may, with 1, or may not, with 3, round the operands of float32 products to TF32 meanwhile."""
@@ -75,9 +88,9 @@ def passes_of_float32(count: int) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def launches(ops: TierOps, problem: LstmCase) -> list[tuple[int, ...]]:
+def launches(ops: TierOps, problem: LstmCase, dtype: torch.dtype = torch.float16) -> list[tuple[int, ...]]:
     """`last_launch` of a forward pass, of backward, and of backward with each gradient that second derivatives bring."""
-    gx, h0, c0, w_hh, *_ = problem.inputs(torch.float16)
+    gx, h0, c0, w_hh, *_ = problem.inputs(dtype)
     y, _, _, gates, c = ops.lstm_recurrence(gx, h0, c0, w_hh, None, None, None, True)
     found = [ops.kernels.last_launch()]
     for d_gates, d_c in ((None, None), (gates, None), (None, c)):

@@ -79,12 +79,16 @@ def _largest_of_a_block(dtype: torch.dtype, gpu: Gpu) -> int:
     return 96 if dtype == torch.float32 and gpu.shared_bytes < _BLOCK_SHARED_ABOVE_96 else 128
 
 
+def _largest_of_a_cluster(dtype: torch.dtype, gpu: Gpu) -> int:
+    return (512 if dtype == torch.float32 else 640) if gpu.has_clusters else 0
+
+
 #: In order of preference. The limits are those of the C interface (tests compare them).
 TIERS = {
     tier.name: tier
     for tier in (
         Tier("block", (*_HALF, torch.float32), _largest_of_a_block),
-        Tier("cluster", _HALF, lambda dtype, gpu: 640 if gpu.has_clusters else 0),
+        Tier("cluster", (*_HALF, torch.float32), _largest_of_a_cluster),
         Tier(
             "grid",
             (*_HALF, torch.float32),
