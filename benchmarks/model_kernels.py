@@ -291,7 +291,7 @@ BIAS_ACT = Family(
             "b*E + m*E/8",
             again="4*C",
             flops="4*E",
-            cuda="bias_act_fwd_kernel",
+            cuda="bias_act_fwd(_masked)?_kernel",
             triton="bias_act_fwd_kernel",
         ),
         Kernel(

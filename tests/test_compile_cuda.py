@@ -19,7 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "build" / "compile_cuda"
 SELF_TEST = ROOT / "tests" / "emulator" / "self_test"
-SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), *sorted(SELF_TEST.glob("*.cu"))]
+CUDA = ROOT / "csrc" / "cuda"
+SOURCES = [*sorted(CUDA.glob("*.cu")), *sorted(SELF_TEST.glob("*.cu"))]
 ARCHITECTURES = ["80", "90a", "100"]
 #: Three blocks of 128 threads fit on a multiprocessor (65,536 registers, given out by 8 a thread).
 MOST_REGISTERS = 168
@@ -127,38 +128,49 @@ def test_vectorised_kernels_move_16_bytes(architecture: str) -> None:
             assert loads == stores == 0
 
 
-#: Kernels of batch_norm_act.cu and batch_norm_act_resident.cu, whose N is the elements of a visit and L the channels.
-NORM = re.compile(r"batch_norm_act_(\w+?)_kernelI(d|f|6__half|13__nv_bfloat16)Li(\d+)ELi(\d+)E")
-NORM_KERNELS = ("stats", "fwd", "bwd_reduce", "bwd", "bwd_bwd_reduce", "bwd_bwd", "whole_fwd", "whole_bwd")
+#: Kernels that walk over channels: family, kernel, type, N elements of a visit, L channels of them.
+WALKING = re.compile(r"(batch_norm_act|bias_act)_(\w+?)_kernelI(d|f|6__half|13__nv_bfloat16)Li(\d+)ELi(\d+)E")
+WALKING_KERNELS = {
+    "batch_norm_act": {
+        "stats",
+        "fwd",
+        "bwd_reduce",
+        "bwd",
+        "bwd_bwd_reduce",
+        "bwd_bwd",
+        "whole_fwd",
+        "whole_bwd",
+    },
+    "bias_act": {"fwd", "bwd", "bwd_bwd"},
+}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_normalisation_moves_16_bytes(architecture: str) -> None:
+@pytest.mark.parametrize("family", WALKING_KERNELS)
+def test_norm_and_pointwise_kernels_move_16_bytes(family: str, architecture: str) -> None:
     """In both layouts, wherever rows are aligned: visits of one element are for the others, and for float64.
 
-    The second order with the channels last holds up to 12 sums of each channel that a thread has: in 16 bit it has four
-    channels, 8 bytes, as eight would not leave the registers for a second block.
+    The second order of a norm with the channels last holds up to 12 sums of each channel that a thread has: in 16 bit it has
+    four channels, 8 bytes, as eight would not leave the registers for a second block.
     """
-    sources = [ROOT / "csrc" / "cuda" / f"batch_norm_act{part}.cu" for part in ("", "_resident")]
     seen = set()
-    for code in (code for source in sources for code in sass(source, architecture)):
+    for code in (c for source in CUDA.glob(f"{family}*.cu") for c in sass(source, architecture)):
         name = code.split("\n", 1)[0]
-        found = NORM.search(name)
-        if found is None or found[3] == "1":
+        found = WALKING.search(name)
+        if found is None or found[4] == "1":
             continue
-        kernel, dtype, channels = found[1], found[2], int(found[4])
-        bits = ".128"
-        if kernel.startswith("bwd_bwd") and channels > 1 and dtype != "f":
-            bits = ".64"
+        kernel, dtype, last = found[2], found[3], found[5] != "1"
+        second_norm = family == "batch_norm_act" and kernel.startswith("bwd_bwd")
+        bits = ".64" if second_norm and last and dtype != "f" else ".128"
         loads = r"LDGSTS\.E\.BYPASS" if kernel.startswith("whole") else r"LDG\.E"
-        narrow = [k for k in ("64", "U16", "S16") if f".{k}" != bits and re.search(rf"{loads}\.{k}", code)]
-        assert not narrow, f"{name} reads in {narrow}"
-        assert re.search(loads + bits, code), f"{name} has no loads of {bits} bits"
+        assert re.search(rf"{loads}\{bits}", code), f"{name} has no loads of {bits} bits"
+        assert not re.search(r"(LDG|STG)\.E\.[US]16", code), f"{name} moves single elements"
         assert "reduce" in kernel or kernel == "stats" or f"STG.E{bits}" in code, f"{name}: narrow stores"
-        assert not re.search(r"STG\.E\.U16", code), f"{name} writes single elements"
-        seen.add((kernel, dtype, channels > 1))
+        seen.add((kernel, dtype, last))
     dtypes = ("f", "6__half", "13__nv_bfloat16")
-    assert seen == {(k, dtype, last) for k in NORM_KERNELS for dtype in dtypes for last in (False, True)}
+    assert seen == {
+        (k, dtype, last) for k in WALKING_KERNELS[family] for dtype in dtypes for last in (False, True)
+    }
 
 
 #: Instructions of the self-tests' kernels, each of which is one wrapper of csrc/cuda.

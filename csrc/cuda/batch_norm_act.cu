@@ -16,7 +16,7 @@ constexpr int64_t kReductionBlocks = 528;
 
 // Positions (channels-last) or elements of a channel, and channels that share a block at least.
 int64_t reduction_splits(const BatchNormAct& op) {
-  const int64_t share = op.channels_last ? 32 : 16 * kNormThreads;
+  const int64_t share = op.channels_last ? 32 : 16 * kChannelThreads;
   const int64_t blocks = op.channels_last ? op.samples * divide_up(op.channels, 128) : op.channels;
   const int64_t wanted = std::min(divide_up(values(op), share), divide_up(kReductionBlocks, blocks));
   return std::clamp<int64_t>(wanted, 1, kMostSplits);
@@ -28,7 +28,7 @@ int first_sums(const BatchNormAct& op) { return is_prelu(op) ? 3 : 2; }
 
 // Second-order kernels hold many values per element in registers, and per channel: of the channels-last ones, four elements'.
 template <class T>
-constexpr int kSecondLastWidth = std::min(kNormWidth<T>, 4);
+constexpr int kSecondLastWidth = std::min(kChannelWidth<T>, 4);
 
 template <class S, int kValues>
 cudaError_t combine(const BatchNormAct& op, int64_t splits, int rows, void* stream) {
@@ -44,21 +44,21 @@ cudaError_t combine(const BatchNormAct& op, int64_t splits, int rows, void* stre
 template <class T>
 cudaError_t stats(const BatchNormAct& op, void* stream) {
   const int64_t splits = reduction_splits(op);
-  FB_LAUNCH_NORM(batch_norm_act_stats_kernel, T, kNormWidth<T>, kNormWidth<T>, splits, ());
+  FB_LAUNCH_CHANNELS(batch_norm_act_stats_kernel, T, kChannelWidth<T>, kChannelWidth<T>, splits, ());
   return combine<State<T>, 3>(op, splits, 1, stream);
 }
 
 template <class T>
 cudaError_t fwd(const BatchNormAct& op, void* stream) {
-  constexpr int width = kNormWidth<T> == 1 ? 1 : kSpan;
+  constexpr int width = kChannelWidth<T> == 1 ? 1 : kSpan;
   if (op.new_mask == nullptr || can_vectorise<T, width>(op)) {
-    FB_LAUNCH_NORM(batch_norm_act_fwd_kernel, T, width, width, 0, ());
+    FB_LAUNCH_CHANNELS(batch_norm_act_fwd_kernel, T, width, width, 0, ());
     return cudaGetLastError();
   }
-  const int64_t blocks = divide_up(op.samples * op.channels * op.size, kSpan * kNormThreads);
+  const int64_t blocks = divide_up(op.samples * op.channels * op.size, kSpan * kChannelThreads);
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>(blocks));
-  FB_LAUNCH((batch_norm_act_fwd_masked_kernel<T>), grid, dim3(kNormThreads), 0, stream, op);
+  FB_LAUNCH((batch_norm_act_fwd_masked_kernel<T>), grid, dim3(kChannelThreads), 0, stream, op);
   return cudaGetLastError();
 }
 
@@ -66,32 +66,32 @@ template <class T>
 cudaError_t bwd_reduce(const BatchNormAct& op, void* stream) {
   const int64_t splits = reduction_splits(op);
   const int rows = first_sums(op);
-  FB_LAUNCH_NORM(batch_norm_act_bwd_reduce_kernel, T, kNormWidth<T>, kNormWidth<T>, splits, (, rows));
+  FB_LAUNCH_CHANNELS(batch_norm_act_bwd_reduce_kernel, T, kChannelWidth<T>, kChannelWidth<T>, splits, (, rows));
   return combine<State<T>, 1>(op, splits, rows, stream);
 }
 
 template <class T>
 cudaError_t bwd(const BatchNormAct& op, void* stream) {
-  FB_LAUNCH_NORM(batch_norm_act_bwd_kernel, T, kNormWidth<T>, kNormWidth<T>, 0, ());
+  FB_LAUNCH_CHANNELS(batch_norm_act_bwd_kernel, T, kChannelWidth<T>, kChannelWidth<T>, 0, ());
   return cudaGetLastError();
 }
 
 template <class T>
 cudaError_t bwd_bwd_reduce(const BatchNormAct& op, void* stream) {
   const int64_t splits = reduction_splits(op);
-  constexpr int width = kNormWidth<T>, last_width = kSecondLastWidth<T>;
+  constexpr int width = kChannelWidth<T>, last_width = kSecondLastWidth<T>;
   const int rows = !is_prelu_or_smooth(op) ? 5 : op.v_residual == nullptr ? 10 : 12;
   if (rows == 5) {
-    FB_LAUNCH_NORM(batch_norm_act_bwd_bwd_reduce_kernel, T, width, last_width, splits, (, rows), 5);
+    FB_LAUNCH_CHANNELS(batch_norm_act_bwd_bwd_reduce_kernel, T, width, last_width, splits, (, rows), 5);
   } else {
-    FB_LAUNCH_NORM(batch_norm_act_bwd_bwd_reduce_kernel, T, width, last_width, splits, (, rows), 12);
+    FB_LAUNCH_CHANNELS(batch_norm_act_bwd_bwd_reduce_kernel, T, width, last_width, splits, (, rows), 12);
   }
   return combine<State<T>, 1>(op, splits, rows, stream);
 }
 
 template <class T>
 cudaError_t bwd_bwd(const BatchNormAct& op, void* stream) {
-  FB_LAUNCH_NORM(batch_norm_act_bwd_bwd_kernel, T, kNormWidth<T>, kSecondLastWidth<T>, 0, ());
+  FB_LAUNCH_CHANNELS(batch_norm_act_bwd_bwd_kernel, T, kChannelWidth<T>, kSecondLastWidth<T>, 0, ());
   return cudaGetLastError();
 }
 

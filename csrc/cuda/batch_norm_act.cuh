@@ -12,7 +12,7 @@
 // thread, block, blocks. Statistics by Chan, Golub, LeVeque 1979. Here: first order; batch_norm_act_second.cuh: second.
 #pragma once
 
-#include "cuda/batch_norm_act_walk.cuh"
+#include "cuda/batch_norm_act_point.cuh"
 
 namespace fuseblock {
 
@@ -45,9 +45,9 @@ __device__ void finish_sums(const BatchNormAct& op, int rows, const bool inside,
 }
 
 template <class T, int N, int L>
-__global__ void __launch_bounds__(kNormThreads, 1) batch_norm_act_stats_kernel(const BatchNormAct op) {
+__global__ void __launch_bounds__(kChannelThreads, 1) batch_norm_act_stats_kernel(const BatchNormAct op) {
   using S = State<T>;
-  NormWalk<N> walk(op, blockIdx.x, blockIdx.y);
+  ChannelWalk<N> walk(op, blockIdx.x, blockIdx.y);
   S own[2 * L + 1] = {};
   for (; walk.inside(); walk.next()) {
     const Vec<T, N> x = load_at<T, N>(op.x, walk.offset);
@@ -112,9 +112,6 @@ __global__ void __launch_bounds__(kCombineWidth* kCombineHeight)
   else write_sum(op, static_cast<int>(blockIdx.y), channel, own[0]);
 }
 
-// Elements of a byte of the mask, which one thread of a forward pass has.
-inline constexpr int kSpan = 8;
-
 // The bit of z in a mask: the side that derivatives of relu and leaky_relu are on, of NaN as in PyTorch.
 template <class S>
 FB_HD bool counts_as_positive(const BatchNormAct& op, S z) {
@@ -141,17 +138,17 @@ FB_HD void normalise(const BatchNormAct& op, const NormChannels<State<T>, L>& c,
 }
 
 template <class T, int N, int L>
-__global__ void __launch_bounds__(kNormThreads, 1) batch_norm_act_fwd_kernel(const BatchNormAct op) {
-  NormWalk<N> walk(op, blockIdx.x, blockIdx.y);
+__global__ void __launch_bounds__(kChannelThreads, 1) batch_norm_act_fwd_kernel(const BatchNormAct op) {
+  ChannelWalk<N> walk(op, blockIdx.x, blockIdx.y);
   const NormChannels<State<T>, L> c(op, walk.operand, walk.has_channels);
   for (; walk.inside(); walk.next()) normalise<T, N, L>(op, c, walk.offset, load_at<T, N>(op.x, walk.offset));
 }
 
 // The same with a mask whose bytes span rows: a thread has eight neighbouring elements, whatever their channels.
 template <class T>
-__global__ void __launch_bounds__(kNormThreads, 1) batch_norm_act_fwd_masked_kernel(const BatchNormAct op) {
+__global__ void __launch_bounds__(kChannelThreads, 1) batch_norm_act_fwd_masked_kernel(const BatchNormAct op) {
   const int64_t total = op.samples * op.channels * op.size, run = op.channels_last ? 1 : op.size;
-  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kNormThreads + threadIdx.x) * kSpan;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kChannelThreads + threadIdx.x) * kSpan;
   if (first >= total) return;
   // Masks are for piecewise linear activations alone.
   const bool relu = op.activation == static_cast<int>(Activation::relu);
@@ -209,9 +206,9 @@ FB_HD void write_gradients(const BatchNormAct& op, const NormChannels<State<T>, 
 }
 
 template <class T, int N, int L>
-__global__ void __launch_bounds__(kNormThreads, 1) batch_norm_act_bwd_reduce_kernel(const BatchNormAct op, int rows) {
+__global__ void __launch_bounds__(kChannelThreads, 1) batch_norm_act_bwd_reduce_kernel(const BatchNormAct op, int rows) {
   using S = State<T>;
-  NormWalk<N> walk(op, blockIdx.x, blockIdx.y);
+  ChannelWalk<N> walk(op, blockIdx.x, blockIdx.y);
   const NormChannels<S, L> c(op, walk.operand, walk.has_channels);
   S sum[3 * L] = {};
   for (; walk.inside(); walk.next()) {
@@ -222,9 +219,9 @@ __global__ void __launch_bounds__(kNormThreads, 1) batch_norm_act_bwd_reduce_ker
 }
 
 template <class T, int N, int L>
-__global__ void __launch_bounds__(kNormThreads, 1) batch_norm_act_bwd_kernel(const BatchNormAct op) {
+__global__ void __launch_bounds__(kChannelThreads, 1) batch_norm_act_bwd_kernel(const BatchNormAct op) {
   using S = State<T>;
-  NormWalk<N> walk(op, blockIdx.x, blockIdx.y);
+  ChannelWalk<N> walk(op, blockIdx.x, blockIdx.y);
   const NormChannels<S, L> c(op, walk.operand, walk.has_channels);
   ChannelValues<S, L> k[3];
 #pragma unroll

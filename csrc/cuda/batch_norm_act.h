@@ -12,13 +12,12 @@
 
 #include <cstdint>
 
+#include "cuda/channel_layout.h"
 #include "cuda/placement.h"
 
 namespace fuseblock {
 
-struct BatchNormAct {
-  int64_t samples, channels, size;
-  bool channels_last;
+struct BatchNormAct : ChannelLayout {
   int activation;  // enum class Activation
   int slope_stride;  // 0: one slope for all channels
   double negative_slope, eps;
@@ -34,9 +33,6 @@ struct BatchNormAct {
   void *sums, *workspace;                              // S out (sums, operands)
   void *new_mean, *new_var, *new_invstd;               // S out (operands,)
   void* new_k;                                         // S out (3, operands)
-
-  // The launchers' own: blocks along the channels of a sample; how far a thread's visits are apart.
-  int64_t chunks, row_step, column_step;
 };
 
 }  // namespace fuseblock

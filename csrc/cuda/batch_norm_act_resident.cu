@@ -16,7 +16,7 @@ constexpr int64_t kNarrowest = 64;
 
 struct ResidentPlan {
   BatchNormAct op;
-  NormGrid grid;
+  ChannelGrid grid;
   unsigned cluster;
   int visits;  // of a thread, at most
   size_t column_bytes;
@@ -60,7 +60,7 @@ bool plan_on(const DeviceLimits& device, const BatchNormAct& op, int width, int6
 
 template <class T>
 bool resident_fwd(const BatchNormAct& op, const DeviceLimits& device, void* stream, cudaError_t& error) {
-  if constexpr (kNormWidth<T> == 1) return false;
+  if constexpr (kChannelWidth<T> == 1) return false;
   else {
     using S = State<T>;
     ResidentPlan to;
@@ -81,10 +81,10 @@ bool resident_fwd(const BatchNormAct& op, const DeviceLimits& device, void* stre
 
 template <class T>
 bool resident_bwd(const BatchNormAct& op, const DeviceLimits& device, void* stream, cudaError_t& error) {
-  if constexpr (kNormWidth<T> == 1) return false;
+  if constexpr (kChannelWidth<T> == 1) return false;
   else {
     using S = State<T>;
-    constexpr int width = kNormWidth<T>;
+    constexpr int width = kChannelWidth<T>;
     ResidentPlan to;
     if (!can_vectorise<T, width>(op)) return false;
     const size_t reduction = op.channels_last ? kReductionBytes<S, 3 * width> : kReductionBytes<S, 3>;

@@ -21,7 +21,7 @@ inline constexpr int kMostAcross = 32;
 
 // Shared memory that reductions of M values need beside the columns.
 template <class S, int M>
-inline constexpr size_t kReductionBytes = sizeof(S) * M * (kNormThreads / 2 + 2 * kMostAcross);
+inline constexpr size_t kReductionBytes = sizeof(S) * M * (kChannelThreads / 2 + 2 * kMostAcross);
 
 // The blocks of a chunk and this one's number among them: its cluster, where there are clusters.
 __device__ inline unsigned blocks_of_chunk() {
@@ -77,7 +77,7 @@ struct Column {
 
   __device__ Vec<T, N>& operator[](int visit) const { return top[visit * blockDim.x * blockDim.y]; }
 
-  __device__ void copy(NormWalk<N> walk, const void* data) const {
+  __device__ void copy(ChannelWalk<N> walk, const void* data) const {
     for (int visit = 0; walk.inside(); walk.next(), ++visit) {
       const T* const from = static_cast<const T*>(data) + walk.offset;
 #pragma unroll
@@ -87,19 +87,19 @@ struct Column {
 };
 
 template <class T, int N, int L>
-__global__ void __launch_bounds__(kNormThreads, 2) batch_norm_act_whole_fwd_kernel(const BatchNormAct op) {
+__global__ void __launch_bounds__(kChannelThreads, 2) batch_norm_act_whole_fwd_kernel(const BatchNormAct op) {
   using S = State<T>;
   using Visit = Vec<T, N>;
   FB_DYNAMIC_SHARED(Visit, columns);
   const Column<T, N> x{columns + threadIdx.y * blockDim.x + threadIdx.x};
   const unsigned blocks = blocks_of_chunk(), rank = rank_in_chunk();
-  NormWalk<N> walk(op, blockIdx.x / blocks, rank);
+  ChannelWalk<N> walk(op, blockIdx.x / blocks, rank);
   x.copy(walk, op.x);
   copy_async_wait_all();
 
   S own[2 * L + 1] = {};
   int visits = 0;
-  for (NormWalk<N> at = walk; at.inside(); at.next(), ++visits) {
+  for (ChannelWalk<N> at = walk; at.inside(); at.next(), ++visits) {
 #pragma unroll
     for (int n = 0; n < N; ++n) own[1 + n % L] += x[visits][n];
   }
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kNormThreads, 2) batch_norm_act_whole_fwd_kern
 }
 
 template <class T, int N, int L>
-__global__ void __launch_bounds__(kNormThreads, 2)
+__global__ void __launch_bounds__(kChannelThreads, 2)
     batch_norm_act_whole_bwd_kernel(const BatchNormAct op, int rows, int visits) {
   using S = State<T>;
   using Visit = Vec<T, N>;
@@ -136,13 +136,13 @@ __global__ void __launch_bounds__(kNormThreads, 2)
   const int threads = blockDim.x * blockDim.y;
   const Column<T, N> x{columns + threadIdx.y * blockDim.x + threadIdx.x}, dy{x.top + visits * threads};
   const unsigned blocks = blocks_of_chunk(), rank = rank_in_chunk();
-  NormWalk<N> walk(op, blockIdx.x / blocks, rank);
+  ChannelWalk<N> walk(op, blockIdx.x / blocks, rank);
   x.copy(walk, op.x);
   dy.copy(walk, op.dy);
   S sum[3 * L] = {};
   {
     const NormChannels<S, L> c(op, walk.operand, walk.has_channels);
-    NormWalk<N> at = walk;
+    ChannelWalk<N> at = walk;
     copy_async_wait_all();
     for (int visit = 0; at.inside(); at.next(), ++visit) {
       add_first_sums<T, N, L>(op, c, at.offset, x[visit], dy[visit], sum);

@@ -18,10 +18,10 @@ FB_HD Curve<S> second_factors(S dy, S z, S slope) {
 
 // K: 5, or 12 for prelu and smooth activations, of which ten are written without v_residual.
 template <class T, int N, int L, int K>
-__global__ void __launch_bounds__(kNormThreads, 1) batch_norm_act_bwd_bwd_reduce_kernel(const BatchNormAct op, int rows) {
+__global__ void __launch_bounds__(kChannelThreads, 1) batch_norm_act_bwd_bwd_reduce_kernel(const BatchNormAct op, int rows) {
   using S = State<T>;
   using A = Activation;
-  NormWalk<N> walk(op, blockIdx.x, blockIdx.y);
+  ChannelWalk<N> walk(op, blockIdx.x, blockIdx.y);
   const NormChannels<S, L> c(op, walk.operand, walk.has_channels);
   S sum[K * L] = {};
   for (; walk.inside(); walk.next()) {
@@ -61,9 +61,9 @@ __global__ void __launch_bounds__(kNormThreads, 1) batch_norm_act_bwd_bwd_reduce
 }
 
 template <class T, int N, int L>
-__global__ void __launch_bounds__(kNormThreads, 1) batch_norm_act_bwd_bwd_kernel(const BatchNormAct op) {
+__global__ void __launch_bounds__(kChannelThreads, 1) batch_norm_act_bwd_bwd_kernel(const BatchNormAct op) {
   using S = State<T>;
-  NormWalk<N> walk(op, blockIdx.x, blockIdx.y);
+  ChannelWalk<N> walk(op, blockIdx.x, blockIdx.y);
   const NormChannels<S, L> c(op, walk.operand, walk.has_channels);
   ChannelValues<S, L> k[9];
 #pragma unroll

@@ -1,26 +1,24 @@
 // bias_act kernels: bias, activation, gain and clamp, and its derivatives; equations in bias_act.h's reference.
 //
-//   forward       a thread does 8 neighbouring elements: one byte of each plane of the mask
-//   derivatives   N neighbouring elements of one channel, or (kLast) always of the same N channels, one after the other;
-//                 sums of a channel: thread, block (shared memory), blocks (a second kernel), in a fixed order
+//   forward       8 neighbouring elements a visit: one byte of each plane of the mask
+//   derivatives   16 bytes of neighbours; sums of a channel: thread, block, blocks (a second kernel), in a fixed order
 //
 // Bytes an element, b of T: forward 2b and the bits; backward 2b and the bits, or 3b from x; second order the same, or 5b.
-// Accesses are 16 bytes where channels, pixels and addresses allow it. The activation is a branch that all threads take alike.
+// Accesses are 16 bytes where channels, pixels and addresses allow it, else of one element. The activation is a branch that
+// all threads take alike.
 #pragma once
 
 #include "cuda/bias_act.h"
-#include "cuda/vector.h"
+#include "cuda/channels.cuh"
 #include "math/bias_act.h"
 
 namespace fuseblock {
 
-inline constexpr int kBiasActThreads = 256;
-// Blocks of a multiprocessor that must fit: ptxas aims at more by itself, and spills.
-inline constexpr int kBiasActBlocks = 2;
+// Blocks of a multiprocessor that must fit: ptxas aims at more by itself, and spills. The second order has most values.
+inline constexpr int kBiasActBlocks = 2, kBiasActSecondBlocks = 1;
 
-// Threads of a block: along channels, along positions.
-template <bool kLast>
-inline constexpr int kChannelThreads = kLast ? 32 : 1;
+FB_HD int64_t elements(const BiasAct& op) { return op.samples * op.channels * op.size; }
+FB_HD int64_t plane_bytes(const BiasAct& op) { return (elements(op) + 7) / 8; }
 
 template <class S>
 struct BiasActMath {
@@ -49,223 +47,210 @@ struct BiasActMath {
   }
 };
 
-template <class S>
-FB_HD S value_of(const void* data, int64_t channel) {
-  return data == nullptr ? S(0) : static_cast<const S*>(data)[channel];
-}
-
-template <class T, int N>
-FB_HD Vec<T, N> load_elements(const void* data, int64_t offset) {
-  return *reinterpret_cast<const Vec<T, N>*>(static_cast<const T*>(data) + offset);
-}
-
-template <class T, int N>
-FB_HD void store_elements(void* data, int64_t offset, const Vec<T, N>& x) {
-  *reinterpret_cast<Vec<T, N>*>(static_cast<T*>(data) + offset) = x;
-}
-
-template <class T, bool kWide>
-__global__ void __launch_bounds__(kBiasActThreads) bias_act_fwd_kernel(const BiasAct op) {
-  using S = State<T>;
-  constexpr int N = 8;
-  const int64_t byte = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, first = byte * N;
-  if (first >= op.count) return;
-  const BiasActMath<S> math(op);
-  const int here = op.count - first < N ? static_cast<int>(op.count - first) : N;
-  const bool whole = kWide && here == N;
-  Vec<T, N> x;
-  if (whole) {
-    x = load_elements<T, N>(op.x, first);
-  } else {
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      if (n < here) x.element[n] = static_cast<const T*>(op.x)[first + n];
-      else x.set(n, S(0));
-    }
-  }
-  const int64_t row = first / op.inner;
-  int64_t channel = row % op.channels, left = (row + 1) * op.inner - first;
-  unsigned passes = 0, positive = 0;
-  Vec<T, N> y;
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    const S z = x[n] + value_of<S>(op.bias, channel);
-    const S slope = math.activation == Activation::prelu ? value_of<S>(op.slope, channel) : math.slope;
-    S value = 0;
-    with_activation(math.activation, [&](auto tag) { value = act<decltype(tag)::value>(z, slope); });
-    value *= math.gain;
-    y.set(n, math.limited(value));
-    const unsigned bit = (n < here ? 1u : 0u) << n;
-    if (math.inside(value) && !(math.activation == Activation::relu && z <= 0)) passes |= bit;
-    if (z > 0) positive |= bit;
-    if (--left == 0) {
-      left = op.inner;
-      if (++channel == op.channels) channel = 0;
-    }
-  }
-  if (whole) {
-    store_elements<T, N>(op.out, first, y);
-  } else {
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      if (n < here) static_cast<T*>(op.out)[first + n] = y.element[n];
-    }
-  }
-  if (op.new_mask != nullptr) {
-    op.new_mask[byte] = static_cast<uint8_t>(math.kind == MaskKind::gate ? passes : positive);
-    if (math.kind == MaskKind::sign_gate) op.new_mask[(op.count + 7) / 8 + byte] = static_cast<uint8_t>(passes);
-  }
-}
-
-// The elements that a thread of the derivatives visits.
-template <int N, bool kLast>
-struct BiasActWalk {
-  int64_t channels, inner, channel, at, end, step, per_image;
-
-  __device__ explicit BiasActWalk(const BiasAct& op) : channels(op.channels), inner(op.inner) {
-    at = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
-    step = static_cast<int64_t>(gridDim.y) * blockDim.y;
-    per_image = kLast ? 1 : inner / N;
-    channel = kLast ? (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N : blockIdx.x;
-    end = channel < channels ? op.count / (channels * inner) * per_image : 0;
-  }
-  __device__ bool inside() const { return at < end; }
-  __device__ int64_t offset() const {
-    if constexpr (kLast) return at * channels + channel;
-    return (at / per_image * channels + channel) * inner + at % per_image * N;
-  }
-};
-
-// Adds `value` of the threads of a block that share channels, and writes the block's sum to row blockIdx.y of `partials`.
-template <class S, int L>
-__device__ void write_partials(const S (&value)[L], S* partials, int64_t channel, int64_t channels) {
-  FB_SHARED(S, buffer, [kBiasActThreads]);
-  const int width = blockDim.x, place = threadIdx.y * width + threadIdx.x;
-  for (int n = 0; n < L; ++n) {
-    buffer[place] = value[n];
-    __syncthreads();
-    for (int rows = blockDim.y / 2; rows > 0; rows /= 2) {
-      if (static_cast<int>(threadIdx.y) < rows) buffer[place] += buffer[place + rows * width];
-      __syncthreads();
-    }
-    if (threadIdx.y == 0 && channel + n < channels) partials[blockIdx.y * channels + channel + n] = buffer[place];
-    __syncthreads();
-  }
-}
-
 // N neighbouring bits of a plane; N divides 8 or is 1, and the offset is a multiple of N.
 FB_HD unsigned bits_at(const uint8_t* plane, int64_t offset) { return static_cast<unsigned>(plane[offset >> 3]) >> (offset & 7); }
 
-template <class T, int N, bool kLast>
-__global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks) bias_act_bwd_kernel(const BiasAct op) {
+// The parameters of a thread's channels; absent ones are zeros.
+template <class S, int L>
+struct BiasActChannels {
+  ChannelValues<S, L> bias, slope;
+
+  FB_HD BiasActChannels(const BiasAct& op, int64_t channel, bool inside)
+      : bias(per_channel<S, L>(op.bias, channel, inside, S(0))), slope(per_channel<S, L>(op.slope, channel, inside, S(0))) {}
+};
+
+// One visit of a forward pass: y, and a byte of each plane of the mask where a visit is that long.
+template <class T, int N, int L>
+FB_HD Vec<T, N> bias_act_of(const BiasActMath<State<T>>& math, const BiasActChannels<State<T>, L>& c, const Vec<T, N>& x,
+                            unsigned& passes, unsigned& positive) {
   using S = State<T>;
-  constexpr int L = kLast ? N : 1;
-  const BiasActMath<S> math(op);
-  const int64_t plane = (op.count + 7) / 8;
-  BiasActWalk<N, kLast> walk(op);
-  S dz_sum[L] = {}, slope_sum[L] = {};
-  for (; walk.inside(); walk.at += walk.step) {
-    const int64_t offset = walk.offset();
-    const Vec<T, N> dy = load_elements<T, N>(op.dy, offset);
-    Vec<T, N> dx;
-    if (op.x == nullptr) {
-      const unsigned first = math.kind == MaskKind::none ? 0u : bits_at(op.mask, offset);
-      const unsigned second = math.kind == MaskKind::sign_gate ? bits_at(op.mask + plane, offset) : 0u;
+  using A = Activation;
+  S z[N], value[N];
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
-        const S dz = math.through_mask(dy[n], first >> n & 1, second >> n & 1);
-        dx.set(n, dz);
-        dz_sum[kLast ? n : 0] += dz;
-      }
-    } else {
-      const Vec<T, N> x = load_elements<T, N>(op.x, offset);
+  for (int n = 0; n < N; ++n) z[n] = x[n] + c.bias[n];
+  // identity and prelu are leaky_relu with slopes of their own.
+  const A a = math.activation == A::identity || math.activation == A::prelu ? A::leaky_relu : math.activation;
+  with_one_of<A::relu, A::leaky_relu, A::silu, A::tanh, A::elu>(a, [&](auto tag) {
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
-        const int64_t channel = walk.channel + (kLast ? n : 0);
-        const S z = x[n] + value_of<S>(op.bias, channel), slope = value_of<S>(op.slope, channel);
-        S dz = 0;
-        with_activation(math.activation, [&](auto tag) {
-          constexpr Activation A = decltype(tag)::value;
-          const S g = math.inside(act<A>(z, slope) * math.gain) ? dy[n] * math.gain : S(0);
-          dz = act_bwd<A>(g, z, slope);
-          if constexpr (A == Activation::prelu) slope_sum[kLast ? n : 0] += g * negative_part(z);
-        });
-        dx.set(n, dz);
-        dz_sum[kLast ? n : 0] += dz;
-      }
+    for (int n = 0; n < N; ++n) {
+      const S slope = math.activation == A::prelu ? c.slope[n] : math.activation == A::identity ? S(1) : math.slope;
+      value[n] = act<decltype(tag)::value>(z[n], slope) * math.gain;
     }
-    store_elements<T, N>(op.out, offset, dx);
+  });
+  Vec<T, N> y;
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    y.set(n, math.limited(value[n]));
+    if (math.inside(value[n]) && !(math.activation == A::relu && z[n] <= 0)) passes |= 1u << n;
+    if (z[n] > 0) positive |= 1u << n;
   }
-  if (op.partials == nullptr) return;
-  S* const partials = static_cast<S*>(op.partials);
-  write_partials<S, L>(dz_sum, partials, walk.channel, op.channels);
-  if (math.activation == Activation::prelu) {
-    write_partials<S, L>(slope_sum, partials + gridDim.y * op.channels, walk.channel, op.channels);
+  return y;
+}
+
+template <class S>
+FB_HD void store_masks(const BiasAct& op, const BiasActMath<S>& math, int64_t byte, unsigned passes, unsigned positive) {
+  op.new_mask[byte] = static_cast<uint8_t>(math.kind == MaskKind::gate ? passes : positive);
+  if (math.kind == MaskKind::sign_gate) op.new_mask[plane_bytes(op) + byte] = static_cast<uint8_t>(passes);
+}
+
+template <class T, int N, int L>
+__global__ void __launch_bounds__(kChannelThreads, kBiasActBlocks) bias_act_fwd_kernel(const BiasAct op) {
+  using S = State<T>;
+  ChannelWalk<N> walk(op, blockIdx.x, blockIdx.y);
+  const BiasActMath<S> math(op);
+  const BiasActChannels<S, L> c(op, walk.operand, walk.has_channels);
+  for (; walk.inside(); walk.next()) {
+    unsigned passes = 0, positive = 0;
+    store_at(op.out, walk.offset, bias_act_of<T, N, L>(math, c, load_at<T, N>(op.x, walk.offset), passes, positive));
+    if (N == kSpan && op.new_mask != nullptr) store_masks(op, math, walk.offset >> 3, passes, positive);
   }
 }
 
-template <class T, int N, bool kLast>
-__global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks) bias_act_bwd_bwd_kernel(const BiasAct op) {
+// The same with masks whose bytes span rows: a thread has eight neighbouring elements, whatever their channels.
+template <class T>
+__global__ void __launch_bounds__(kChannelThreads, kBiasActBlocks) bias_act_fwd_masked_kernel(const BiasAct op) {
   using S = State<T>;
-  constexpr int L = kLast ? N : 1;
+  const int64_t count = elements(op), byte = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (byte * kSpan >= count) return;
   const BiasActMath<S> math(op);
-  const int64_t plane = (op.count + 7) / 8;
-  BiasActWalk<N, kLast> walk(op);
-  S a_z_sum[L] = {}, slope_sum[L] = {};
-  for (; walk.inside(); walk.at += walk.step) {
-    const int64_t offset = walk.offset();
-    const Vec<T, N> v = load_elements<T, N>(op.v, offset);
+  unsigned passes = 0, positive = 0;
+#pragma unroll 1
+  for (int n = 0; n < kSpan && byte * kSpan + n < count; ++n) {
+    const int64_t at = byte * kSpan + n, channel = at / (op.channels_last ? 1 : op.size) % op.channels;
+    unsigned passes_here = 0, positive_here = 0;
+    const BiasActChannels<S, 1> c(op, channel, true);
+    store_at(op.out, at, bias_act_of<T, 1, 1>(math, c, load_at<T, 1>(op.x, at), passes_here, positive_here));
+    passes |= passes_here << n, positive |= positive_here << n;
+  }
+  store_masks(op, math, byte, passes, positive);
+}
+
+// Writes a block's sums of dz or a_z, and of the slope's gradient, as row blockIdx.y of `partials`.
+template <class S, int L>
+__device__ void write_partials(const BiasAct& op, bool has_channels, int64_t channel, S (&sum)[2 * L]) {
+  if (op.partials == nullptr) return;
+  merge_threads<AddSums>(sum, blockDim.y);
+  if (threadIdx.y != 0 || !has_channels) return;
+  const int kinds = op.activation == static_cast<int>(Activation::prelu) ? 2 : 1;
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    S* const row = static_cast<S*>(op.partials) + (static_cast<int64_t>(k) * gridDim.y + blockIdx.y) * op.channels + channel;
+#pragma unroll
+    for (int l = 0; l < L; ++l) {
+      if (k < kinds) row[l] = sum[k * L + l];
+    }
+  }
+}
+
+// g through the masks, one visit; `add` gets what comes out.
+template <class T, int N, class Add>
+FB_HD Vec<T, N> through_masks(const BiasAct& op, const BiasActMath<State<T>>& math, int64_t offset, const State<T> (&g)[N],
+                              Add add) {
+  const unsigned first = math.kind == MaskKind::none ? 0u : bits_at(op.mask, offset);
+  const unsigned second = math.kind == MaskKind::sign_gate ? bits_at(op.mask + plane_bytes(op), offset) : 0u;
+  Vec<T, N> out;
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const State<T> value = math.through_mask(g[n], first >> n & 1, second >> n & 1);
+    out.set(n, value);
+    add(n, value);
+  }
+  return out;
+}
+
+// Calls f with the tag of an activation that keeps x.
+template <class F>
+FB_HD void with_kept(Activation a, F&& f) {
+  with_one_of<Activation::prelu, Activation::silu, Activation::tanh, Activation::elu>(a, f);
+}
+
+template <class T, int N, int L>
+__global__ void __launch_bounds__(kChannelThreads, kBiasActBlocks) bias_act_bwd_kernel(const BiasAct op) {
+  using S = State<T>;
+  ChannelWalk<N> walk(op, blockIdx.x, blockIdx.y);
+  const BiasActMath<S> math(op);
+  const BiasActChannels<S, L> c(op, walk.operand, walk.has_channels);
+  S sum[2 * L] = {};
+  for (; walk.inside(); walk.next()) {
+    const int64_t offset = walk.offset;
+    const Vec<T, N> dy = load_at<T, N>(op.dy, offset);
+    Vec<T, N> dx;
+    if (op.x == nullptr) {
+      S g[N];
+#pragma unroll
+      for (int n = 0; n < N; ++n) g[n] = dy[n];
+      dx = through_masks<T, N>(op, math, offset, g, [&](int n, S dz) { sum[n % L] += dz; });
+    } else {
+      const Vec<T, N> x = load_at<T, N>(op.x, offset);
+      with_kept(math.activation, [&](auto tag) {
+        constexpr Activation A = decltype(tag)::value;
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+          const S z = x[n] + c.bias[n], slope = c.slope[n];
+          const S g = math.inside(act<A>(z, slope) * math.gain) ? dy[n] * math.gain : S(0), dz = act_bwd<A>(g, z, slope);
+          if constexpr (A == Activation::prelu) sum[L + n % L] += g * negative_part(z);
+          dx.set(n, dz);
+          sum[n % L] += dz;
+        }
+      });
+    }
+    store_at(op.out, offset, dx);
+  }
+  write_partials<S, L>(op, walk.has_channels, walk.operand, sum);
+}
+
+template <class T, int N, int L>
+__global__ void __launch_bounds__(kChannelThreads, kBiasActSecondBlocks) bias_act_bwd_bwd_kernel(const BiasAct op) {
+  using S = State<T>;
+  ChannelWalk<N> walk(op, blockIdx.x, blockIdx.y);
+  const BiasActMath<S> math(op);
+  const BiasActChannels<S, L> c(op, walk.operand, walk.has_channels);
+  const auto v_bias = per_channel<S, L>(op.v_bias, walk.operand, walk.has_channels, S(0));
+  const auto v_slope = per_channel<S, L>(op.v_slope, walk.operand, walk.has_channels, S(0));
+  S sum[2 * L] = {};
+  for (; walk.inside(); walk.next()) {
+    const int64_t offset = walk.offset;
+    const Vec<T, N> v = load_at<T, N>(op.v, offset);
+    S q[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) q[n] = v[n] + v_bias[n];
     Vec<T, N> a_dy;
     if (op.x == nullptr) {
-      const unsigned first = math.kind == MaskKind::none ? 0u : bits_at(op.mask, offset);
-      const unsigned second = math.kind == MaskKind::sign_gate ? bits_at(op.mask + plane, offset) : 0u;
-#pragma unroll
-      for (int n = 0; n < N; ++n) {
-        const S q = v[n] + value_of<S>(op.v_bias, walk.channel + (kLast ? n : 0));
-        a_dy.set(n, math.through_mask(q, first >> n & 1, second >> n & 1));
-      }
+      a_dy = through_masks<T, N>(op, math, offset, q, [](int, S) {});
     } else {
-      const Vec<T, N> x = load_elements<T, N>(op.x, offset), dy = load_elements<T, N>(op.dy, offset);
+      const Vec<T, N> x = load_at<T, N>(op.x, offset), dy = load_at<T, N>(op.dy, offset);
       Vec<T, N> a_x;
+      with_kept(math.activation, [&](auto tag) {
+        constexpr Activation A = decltype(tag)::value;
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
-        const int64_t channel = walk.channel + (kLast ? n : 0);
-        const S z = x[n] + value_of<S>(op.bias, channel), slope = value_of<S>(op.slope, channel);
-        S a_z = 0, a_g = 0;
-        with_activation(math.activation, [&](auto tag) {
-          constexpr Activation A = decltype(tag)::value;
-          const S factor = math.inside(act<A>(z, slope) * math.gain) ? math.gain : S(0);
-          const S q = v[n] + value_of<S>(op.v_bias, channel), g = dy[n] * factor;
+        for (int n = 0; n < N; ++n) {
+          const S z = x[n] + c.bias[n], slope = c.slope[n];
+          const S factor = math.inside(act<A>(z, slope) * math.gain) ? math.gain : S(0), g = dy[n] * factor;
+          S a_z, a_g;
           if constexpr (A == Activation::prelu) {
-            const S v_slope = value_of<S>(op.v_slope, channel);
-            a_g = factor * (act_bwd<A>(q, z, slope) + v_slope * negative_part(z));
-            a_z = where_positive(z, S(0), g * v_slope);
-            slope_sum[kLast ? n : 0] += where_positive(z, S(0), g * q);
-          } else if constexpr (is_smooth(A)) {
+            a_g = factor * (act_bwd<A>(q[n], z, slope) + v_slope[n] * negative_part(z));
+            a_z = where_positive(z, S(0), g * v_slope[n]);
+            sum[L + n % L] += where_positive(z, S(0), g * q[n]);
+          } else {
             const Curve<S> curve = act_curve<A>(z);
-            a_g = factor * q * curve.first;
-            a_z = q * g * curve.second;
+            a_g = factor * q[n] * curve.first;
+            a_z = q[n] * g * curve.second;
           }
-        });
-        a_dy.set(n, a_g);
-        a_x.set(n, a_z);
-        a_z_sum[kLast ? n : 0] += a_z;
-      }
-      store_elements<T, N>(op.a_x, offset, a_x);
+          a_dy.set(n, a_g);
+          a_x.set(n, a_z);
+          sum[n % L] += a_z;
+        }
+      });
+      store_at(op.a_x, offset, a_x);
     }
-    store_elements<T, N>(op.out, offset, a_dy);
+    store_at(op.out, offset, a_dy);
   }
-  if (op.partials == nullptr) return;
-  S* const partials = static_cast<S*>(op.partials);
-  write_partials<S, L>(a_z_sum, partials, walk.channel, op.channels);
-  if (math.activation == Activation::prelu) {
-    write_partials<S, L>(slope_sum, partials + gridDim.y * op.channels, walk.channel, op.channels);
-  }
+  write_partials<S, L>(op, walk.has_channels, walk.operand, sum);
 }
 
 // The sum over the splits of partials[k][split][channel]; blockIdx.y: k, of sums (0) or slope_sums.
 template <class S>
-__global__ void __launch_bounds__(kBiasActThreads) bias_act_sum_kernel(const BiasAct op, int64_t splits) {
+__global__ void __launch_bounds__(kChannelThreads) bias_act_sum_kernel(const BiasAct op, int64_t splits) {
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (channel >= op.channels) return;
   const S* const from = static_cast<const S*>(op.partials) + blockIdx.y * splits * op.channels + channel;

@@ -1,17 +1,18 @@
 // C interface of the bias_act kernels: y = clamp(gain act(x + b), -clamp, clamp) and its derivatives of first and second
 // order. Equations and the meaning of the mask: python/fuseblock/reference/bias_act.py.
 //
-// Full tensors are dense, all in one layout, of dtype T; element i belongs to channel (i / inner) % channels, so inner is the
-// number of pixels, or 1 with the channels last. Parameters and sums of a channel are S (float for 16-bit T, else T).
+// Full tensors are dense, all in one layout, of dtype T; channels-last ones have one sample, with the pixels of all. Parameters
+// and sums of a channel are S (float for 16-bit T, else T).
 // Every launcher returns a cudaError_t.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/channel_layout.h"
+
 namespace fuseblock {
 
-struct BiasAct {
-  int64_t count, channels, inner;
+struct BiasAct : ChannelLayout {
   int activation;                      // a number of enum class Activation
   double negative_slope, gain, clamp;  // clamp: infinity for none
   const void *bias, *slope;            // S (channels,); null: zeros

@@ -24,9 +24,11 @@ class BiasActCall {
     STD_TORCH_CHECK(x.dim() >= 2, "fuseblock::", name, ": expected x with 2 dimensions or more, got ", x.dim());
     STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::elu), "fuseblock::", name,
                     ": unknown activation ", activation);
-    op.count = x.numel();
     op.channels = x.size(1);
-    op.inner = x.is_contiguous() && op.count > 0 ? op.count / (x.size(0) * x.size(1)) : 1;
+    const int64_t positions = x.numel() > 0 ? x.numel() / (x.size(0) * op.channels) : 0;
+    op.channels_last = positions <= 1 || !x.is_contiguous();
+    op.samples = op.channels_last ? 1 : x.size(0);
+    op.size = op.channels_last ? x.size(0) * positions : positions;
     op.activation = static_cast<int>(activation);
     op.negative_slope = negative_slope;
     op.gain = gain;
@@ -59,7 +61,7 @@ class BiasActCall {
 
   int64_t mask_bytes() const {
     const MaskKind kind = mask_kind(static_cast<Activation>(op.activation), op.clamp);
-    return mask_planes(kind) * ((op.count + 7) / 8);
+    return mask_planes(kind) * ((x_.numel() + 7) / 8);
   }
   void set_mask(const MaybeTensor& mask) {
     const int64_t wanted = mask_bytes();
@@ -92,7 +94,7 @@ class BiasActCall {
   void check_dense(const Tensor& t, const char* what) const {
     int64_t expected = x_.is_contiguous() ? 1 : op.channels;
     bool dense = true;
-    for (int64_t d = t.dim(); op.count > 0 && d-- > 0;) {
+    for (int64_t d = t.dim(); x_.numel() > 0 && d-- > 0;) {
       const bool is_channel = d == 1 && !x_.is_contiguous();
       dense = dense && (t.size(d) == 1 || t.stride(d) == (is_channel ? 1 : expected));
       if (!is_channel) expected *= t.size(d);

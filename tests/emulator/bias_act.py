@@ -41,20 +41,24 @@ class EmulatedBiasAct:
                     f"{name} must be like the others"
                 )
         names = ("activation", "negative_slope", "gain", "clamp")
-        numbers = {
-            "count": like.numel(),
-            "channels": like.shape[1],
-            "inner": 1,
-            **dict(zip(names, constants, strict=True)),
-        }
-        if like.is_contiguous() and like.numel():
-            numbers["inner"] = like[0, 0].numel()
+        numbers = self.sizes(like) | dict(zip(names, constants, strict=True))
         wanted = [name for name in ("sums", "slope_sums") if tensors.get(name) is not None]
         if wanted:
             rows = self._module.splits(numbers) * (2 if keeps_x(numbers["activation"]) else 1)
             partials = torch.full((rows, like.shape[1]), float("nan"), dtype=tensors[wanted[0]].dtype)
             tensors["partials"] = partials
         self._module.launch(kernel, numbers, tensors, DTYPES.index(like.dtype))
+
+    @staticmethod
+    def sizes(x: Tensor) -> dict[str, Any]:
+        """Sizes and layout of a launch."""
+        samples, channels = x.shape[:2]
+        positions = x.numel() // max(samples * channels, 1)
+        last = positions <= 1 or not x.is_contiguous()
+        folded = (
+            {"samples": 1, "size": samples * positions} if last else {"samples": samples, "size": positions}
+        )
+        return {"channels": channels, "channels_last": last, **folded}
 
     def bias_act(
         self, x: Tensor, bias: Tensor | None, slope: Tensor | None, *args: Any

@@ -40,9 +40,10 @@ void set_pointer(BiasAct& op, const std::string& name, void* data) {
 
 BiasAct operands(const py::dict& numbers, const py::dict& tensors) {
   BiasAct op{};
-  op.count = numbers["count"].cast<int64_t>();
+  op.samples = numbers["samples"].cast<int64_t>();
   op.channels = numbers["channels"].cast<int64_t>();
-  op.inner = numbers["inner"].cast<int64_t>();
+  op.size = numbers["size"].cast<int64_t>();
+  op.channels_last = numbers["channels_last"].cast<bool>();
   op.activation = numbers["activation"].cast<int>();
   op.negative_slope = numbers["negative_slope"].cast<double>();
   op.gain = numbers["gain"].cast<double>();

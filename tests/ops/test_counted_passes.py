@@ -93,9 +93,7 @@ def norm_splits(x: torch.Tensor) -> int:
 
 def bias_act_splits(x: torch.Tensor) -> int:
     """The same for bias_act."""
-    inner = x[0, 0].numel() if x.is_contiguous() else 1
-    numbers = {"count": x.numel(), "channels": x.shape[1], "inner": inner, "activation": 0}
-    numbers |= {"negative_slope": 0.0, "gain": 1.0, "clamp": 1.0}
+    numbers = EmulatedBiasAct.sizes(x) | {"activation": 0, "negative_slope": 0.0, "gain": 1.0, "clamp": 1.0}
     count: int = emulator.load_family("bias_act", "counted").splits(numbers)
     return count
 
