@@ -16,8 +16,9 @@ namespace fuseblock {
 
 }  // namespace fuseblock
 
-// dtype: fuseblock::DType number of T. With more tiles of 8 rows than clusters that fit side by side, a cluster takes 16 rows
-// (not in float32).
+// dtype: fuseblock::DType number of T. shape.multiprocessors: no more than the blocks that run at the same time, since not every
+// multiprocessor has enough neighbours for a cluster. With more tiles of 8 rows than clusters side by side, a cluster takes 16
+// rows (not in float32).
 extern "C" {
 int launch_lstm_cluster_fwd(const fuseblock::LstmFwd* op, int dtype, void* stream);
 int launch_lstm_cluster_bwd(const fuseblock::LstmBwd* op, int dtype, void* stream);

@@ -2,6 +2,10 @@
 // by python/fuseblock/launch/resident_recurrence.py and cuda_lstm_layer.py.
 #if defined(WITH_CUDA)
 
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <tuple>
 #include <vector>
 
 #include "cuda/lstm_recurrence_block.h"
@@ -13,6 +17,19 @@ namespace fuseblock::torch_cuda {
 namespace {
 
 using Sizes = std::initializer_list<int64_t>;
+
+using Resident = int (*)(int64_t hidden, int dtype);
+
+// What the tier says of the current device. The driver is asked once.
+template <Resident kResident>
+int resident_blocks(int32_t device, int64_t hidden, int dtype) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int32_t, int64_t, int>, int> answers;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [found, missing] = answers.try_emplace({device, hidden, dtype});
+  if (missing) found->second = kResident(hidden, dtype);
+  return found->second;
+}
 
 // One call: the sizes that its tensors must have, and the launch on the device of its gates.
 class Call {
@@ -74,6 +91,14 @@ class Call {
     return x->data_ptr();
   }
 
+  // Of a tier that says how many of its blocks run at the same time, fewer multiprocessors may be of use.
+  template <Resident kResident>
+  void limit() {
+    if constexpr (kResident != nullptr) {
+      shape.multiprocessors = std::min(shape.multiprocessors, resident_blocks<kResident>(index_, shape.hidden, number_));
+    }
+  }
+
   template <class Op>
   void launch(int (*launcher)(const Op*, int, void*), const Op& op) const {
     check_launch(launcher(&op, number_, device_.stream()), op_);
@@ -106,11 +131,12 @@ class Call {
   DType number_;
 };
 
-template <int (*kLauncher)(const LstmFwd*, int, void*)>
+template <int (*kLauncher)(const LstmFwd*, int, void*), Resident kResident>
 void fwd(const Tensor& gx, const Tensor& h0, const Tensor& c0, const Tensor& w_hh, const MaybeTensor& lengths, const Tensor& y,
          const Tensor& h_n, const Tensor& c_n, const MaybeTensor& gates, const MaybeTensor& c, const MaybeTensor& workspace,
          int64_t passes) {
-  const Call call("lstm_recurrence", gx, c0, lengths, passes);
+  Call call("lstm_recurrence", gx, c0, lengths, passes);
+  call.limit<kResident>();
   STD_TORCH_CHECK(gates.has_value() == c.has_value(), "fuseblock::lstm_recurrence: expected both of gates and c, or neither");
   const LstmFwd op{.shape = call.shape,
                    .gx = call.strided(gx, "gx", call.columns(4)),
@@ -164,12 +190,13 @@ void block_layer_fwd(const Tensor& x, std::vector<Tensor> w_ih, std::vector<Tens
   call.launch(launch_lstm_block_layer_fwd, op);
 }
 
-template <int (*kLauncher)(const LstmBwd*, int, void*)>
+template <int (*kLauncher)(const LstmBwd*, int, void*), Resident kResident>
 void bwd(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const MaybeTensor& d_gates,
          const MaybeTensor& d_c, const Tensor& gates, const Tensor& c, const Tensor& c0, const Tensor& w_hh,
          const MaybeTensor& lengths, const Tensor& dgx, const Tensor& dh0, const Tensor& dc0, const MaybeTensor& workspace,
          int64_t passes) {
-  const Call call("lstm_recurrence_bwd", gates, c0, lengths, passes);
+  Call call("lstm_recurrence_bwd", gates, c0, lengths, passes);
+  call.limit<kResident>();
   const LstmBwd op{.shape = call.shape,
                    .dy = call.strided(dy, "dy", call.columns(1)),
                    .dh_n = call.hidden(dh_n, "dh_n"),
@@ -188,19 +215,21 @@ void bwd(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n
   call.launch(kLauncher, op);
 }
 
-template <int (*kForward)(int64_t, int), int (*kBackward)(int64_t, int)>
+template <Resident kForward, Resident kBackward>
 int64_t resident(const Tensor& w_hh, bool backward) {
   const OnDeviceOf device(w_hh);
-  return (backward ? kBackward : kForward)(w_hh.size(2), dtype_number(w_hh, "lstm_recurrence"));
+  const auto ask = backward ? &resident_blocks<kBackward> : &resident_blocks<kForward>;
+  return ask(w_hh.get_device_index(), w_hh.size(2), dtype_number(w_hh, "lstm_recurrence"));
 }
 
-// One pair of operators for every tier.
-#define FB_LSTM_TIERS(X) X(block) X(cluster) X(grid)
+// One pair of operators for every tier; where multiprocessors may be there that none of its blocks runs on, who says so.
+#define FB_LSTM_TIERS(X) \
+  X(block, nullptr, nullptr) X(cluster, lstm_cluster_fwd_resident, lstm_cluster_bwd_resident) X(grid, nullptr, nullptr)
 // Those that a device with the right limits may still refuse say how many of their blocks run at the same time.
 #define FB_LSTM_REFUSABLE_TIERS(X) X(cluster) X(grid)
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fuseblock_cuda, m) {
-#define FB_DEFINE(tier)                                                                                              \
+#define FB_DEFINE(tier, ...)                                                                                         \
   m.def("lstm_" #tier                                                                                                \
         "_fwd(Tensor gx, Tensor h0, Tensor c0, Tensor w_hh, Tensor? lengths, Tensor(a!) y, Tensor(b!) h_n,"          \
         " Tensor(c!) c_n, Tensor(d!)? gates, Tensor(e!)? c, Tensor(f!)? workspace, int passes) -> ()");              \
@@ -219,9 +248,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fuseblock_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fuseblock_cuda, CUDA, m) {
-#define FB_IMPLEMENT(tier)                                                \
-  m.impl("lstm_" #tier "_fwd", TORCH_BOX(&fwd<launch_lstm_##tier##_fwd>)); \
-  m.impl("lstm_" #tier "_bwd", TORCH_BOX(&bwd<launch_lstm_##tier##_bwd>));
+#define FB_IMPLEMENT(tier, fwd_resident, bwd_resident)                                    \
+  m.impl("lstm_" #tier "_fwd", TORCH_BOX((&fwd<launch_lstm_##tier##_fwd, fwd_resident>))); \
+  m.impl("lstm_" #tier "_bwd", TORCH_BOX((&bwd<launch_lstm_##tier##_bwd, bwd_resident>)));
   FB_LSTM_TIERS(FB_IMPLEMENT)
 #undef FB_IMPLEMENT
   m.impl("lstm_block_layer_fwd", TORCH_BOX(&block_layer_fwd));
