@@ -58,6 +58,7 @@ def _jobs() -> Iterator[dict[str, Any]]:
     for kernel in KERNELS:
         for arch in ARCHITECTURES:
             yield _job(kernel, arch, "fp32", 4)
+    for kernel in ("spectral_norm_columns_kernel", "spectral_norm_gradient_kernel"):
         yield _job(kernel, 90, "fp64", 2, general=True)
         yield _job(kernel, 90, "bf16", 2)
     yield _job("spectral_norm_scale_kernel", 90, "fp32", MAX_LAYERS, general=True)

@@ -281,7 +281,7 @@ class _Watch:
     def __init__(self) -> None:
         self.modules: dict[nn.Module, None] = {}
         self.optimizers: dict[Optimizer, None] = {}
-        self.state: dict[str, Any] = {}
+        self.state: dict[tuple[Any, ...], Any] = {}
 
     @contextmanager
     def calls(self, captures: bool) -> Iterator[None]:
@@ -320,34 +320,40 @@ class _Watch:
     def check(self) -> None:
         """Raise RuntimeError where the state is not the recording's."""
         present = dict(self._present())
-        if present == self.state:
+        # Further entries are none of the recording's: another kind of call may have trained further parameters.
+        changed = [key for key, held in self.state.items() if present.get(key) != held]
+        if not changed:
             return
-        changed = sorted(k for k in present.keys() | self.state.keys() if present.get(k) != self.state.get(k))
-        shown = [f"{k} (recorded {self.state.get(k)}, now {present.get(k)})" for k in changed[:4]]
+        shown = [f"{self._name(k)} (recorded {self.state[k]}, now {present.get(k)})" for k in changed[:4]]
         raise RuntimeError(
             f"graphed: a recording holds what has changed since: {'; '.join(shown)}. Call reset() to capture again; what is "
             "to change from step to step must be a tensor (lr=torch.tensor(...), on the device)."
         )
 
-    def _present(self) -> Iterator[tuple[str, Any]]:
-        for n, module in enumerate(self.modules):
-            name = f"{type(module).__name__} {n}"
-            yield f"{name} training", module.training
-            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None:
-                    yield f"{name}.{key} address", tensor.data_ptr()
-                    yield f"{name}.{key} requires_grad", tensor.requires_grad
-        for n, optimizer in enumerate(self.optimizers):
-            name = f"{type(optimizer).__name__} {n}"
+    def _name(self, key: tuple[Any, ...]) -> str:
+        owner, *words = key
+        kin = list(self.modules if owner in self.modules else self.optimizers)
+        return " ".join(map(str, (f"{type(owner).__name__} {kin.index(owner)}", *words)))
+
+    def _present(self) -> Iterator[tuple[tuple[Any, ...], Any]]:
+        """Pairs of (module or optimizer, what of it) and value; names are made of them only for an error."""
+        for module in self.modules:
+            yield (module, "training"), module.training
+            for tensors in (module._parameters, module._buffers):
+                for key, tensor in tensors.items():
+                    if tensor is not None:
+                        yield (module, key, "address"), tensor.data_ptr()
+                        yield (module, key, "requires_grad"), tensor.requires_grad
+        for optimizer in self.optimizers:
             for g, group in enumerate(optimizer.param_groups):
                 for key, value in group.items():
                     if key == "params":
-                        yield f"{name} group {g} parameters", len(value)
+                        yield (optimizer, "group", g, "parameters"), len(value)
                     elif key != "initial_lr":  # a scheduler's note
-                        yield f"{name} group {g} {key}", _held(value)
+                        yield (optimizer, "group", g, key), _held(value)
             for p, state in enumerate(optimizer.state.values()):
                 for key, value in state.items():
-                    yield f"{name} state {p} {key}", _held(value)
+                    yield (optimizer, "state", p, key), _held(value)
 
 
 def _held(value: Any) -> Any:
