@@ -1,5 +1,6 @@
 """What `benchmarks.tune` measures of convolution blocks: PyTorch's convolution with a fused norm or activation behind it
-(``aten``) against one kernel of ours that does some of that too (``triton``), see `fuseblock._conv_engine`.
+(``aten``) against one kernel of ours that does some of that too (``triton``), see `fuseblock._conv_engine`; and before that
+the kernels of ours against each other.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 import fuseblock
 from benchmarks.parity import Results
-from benchmarks.tune_questions import Contest, Question, Rival
+from benchmarks.tune_passes import OperatorQuestion
+from benchmarks.tune_questions import PRECISIONS, Contest, Question, Rival
 from fuseblock import _conv_engine, _tables
 from fuseblock.nn._fused_convolution import call_of
 
@@ -144,6 +146,39 @@ def _able(block: nn.Sequential, x: Tensor) -> tuple[str, ...]:
     return ENGINES[: 1 if _conv_engine.why_not_triton(_call(block, x)) else 2]
 
 
+@dataclass(frozen=True)
+class KernelQuestion(OperatorQuestion):
+    """The convolution of a block with what our kernels do along with it, by those that there are."""
+
+    case: BlockCase  # type: ignore[assignment]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is compared."""
+        return ("y", "mean", "var") if self.case.norm else ("y",)
+
+    @property
+    def terms(self) -> int:
+        """In the longest chain of sums."""
+        return self.case.terms
+
+    def args(self, device: str, seed: int) -> tuple[Any, ...]:
+        """The operator's arguments."""
+        block, x = BlockQuestion("", self.case, "forward", self.precision)._block(device, seed)
+        conv, case = block[0], self.case
+        before = None, None, "identity", 0.0
+        geometry = case.stride, case.stride, case.padding, case.padding
+        weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
+        if not case.norm:
+            return x, weight, bias, *geometry, case.groups, case.transposed, case.activation, 0.2
+        return x, weight, bias, *(() if case.transposed else geometry), *before
+
+
+def _kernels(case: BlockCase, precision: str) -> KernelQuestion:
+    of_norm = "conv_transpose2d_subpixel" if case.transposed else "conv2d_stats"
+    return KernelQuestion(of_norm if case.norm else "conv2d_act", case, "forward", precision)
+
+
 def _call(block: nn.Sequential, x: Tensor) -> _conv_engine.Call:
     """The call that a block makes of its convolution."""
     fused = copy.deepcopy(block)
@@ -209,6 +244,12 @@ def questions(
         named = [c for c in group if not patterns or any(fnmatch.fnmatch(c.name, p) for p in patterns)]
         # For a convolution PyTorch's setting of matrix products says nothing.
         for precision in (p for p in precisions if p != "tf32"):
+            for case in named:
+                # Only there they have a choice (`fuseblock.launch.triton_conv_stats.why_not_tall`).
+                if PRECISIONS[precision][0].itemsize == 2 and case.channels_last:
+                    kernels = _kernels(case, precision)
+                    key = kernels.key()
+                    found.setdefault((kernels.op, frozenset(key.items())), (kernels, key))
             for case in named:
                 for mode in ("train", "forward"):
                     op = "conv_norm_act" if case.norm else "conv_act"

@@ -65,21 +65,33 @@ class PassCase:
 
 
 @dataclass(frozen=True)
-class PassQuestion(Question):
-    """A case in a dtype; ``mode`` is always ``train``: forward saves what backward needs."""
+class OperatorQuestion(Question):
+    """The candidates of an operator against each other."""
 
-    case: PassCase  # type: ignore[assignment]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the first results, which are compared."""
+        raise NotImplementedError
+
+    @property
+    def terms(self) -> int:
+        """In the longest chain of sums."""
+        raise NotImplementedError
+
+    def args(self, device: str, seed: int) -> tuple[Any, ...]:
+        """The operator's arguments, as dispatch sees them."""
+        raise NotImplementedError
 
     def key(self) -> dict[str, Any]:
         """What a table is asked."""
         asked = dispatch.question(self.op)
         assert asked is not None
         with self.settings():
-            return _tables.plain_key(asked.key(self._args("meta", 0)))
+            return _tables.plain_key(asked.key(self.args("meta", 0)))
 
     def contest(self, device: str, seed: int) -> Contest:
         """The rivals on tensors of a device."""
-        args = self._args(device, seed)
+        args = self.args(device, seed)
         able = [c for c in dispatch.candidates(self.op) if c.why_not(*args) is None]
         equations = next(c for c in able if c.name == "reference")
         # The equations are what runs where nothing else can, and slow.
@@ -87,17 +99,32 @@ class PassQuestion(Question):
         rivals = {c.label: Rival(partial(self._named, c.run, args)) for c in able}
         exact = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
         reference, stock = self._named(equations.run, exact), self._named(equations.run, args)
-        return Contest(
-            rivals, reference, stock, self.dtype, max(self.case.elements // self.case.channels, 64)
-        )
+        return Contest(rivals, reference, stock, self.dtype, self.terms)
 
     def _named(self, run: Any, args: tuple[Any, ...]) -> Results:
         outputs = run(*args)
         outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
-        return dict(zip(_OUTPUTS[self.op], outputs, strict=False))
+        return dict(zip(self.names, outputs, strict=False))
 
-    def _args(self, device: str, seed: int) -> tuple[Any, ...]:
-        """The operator's arguments, as dispatch sees them."""
+
+@dataclass(frozen=True)
+class PassQuestion(OperatorQuestion):
+    """A case in a dtype; ``mode`` is always ``train``: forward saves what backward needs."""
+
+    case: PassCase  # type: ignore[assignment]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is compared."""
+        return _OUTPUTS[self.op]
+
+    @property
+    def terms(self) -> int:
+        """In the longest chain of sums."""
+        return max(self.case.elements // self.case.channels, 64)
+
+    def args(self, device: str, seed: int) -> tuple[Any, ...]:
+        """The operator's arguments."""
         torch.manual_seed(seed)
         case, wide = self.case, state_dtype(self.dtype)
         layout = torch.channels_last if case.channels_last else torch.contiguous_format

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class Around:
     bias: bool = True
     channels: int = 64
     out_channels: int = 64
+    is_tall: bool = False
 
     def constants(self) -> dict[str, Any]:
         absent = {"bias_ptr": self.bias, "partial_ptr": self.statistics}
@@ -83,13 +84,14 @@ def _conv_jobs(
     strided = around.before is not None and not channels_last
     whole = {n for n, size in zip(("channels", "out_channels"), sizes, strict=True) if size % 16 == 0}
     if taps == 4:
-        blocks = gpu_blocks(dtype, precision, 2, *sizes, strided)
+        blocks = gpu_blocks(dtype, precision, 2, *sizes, strided, around.is_tall)
         yield _job(
             conv_transpose2d_subpixel, "conv_transpose2d_subpixel_fwd_kernel", arch, types, blocks.options, whole,
             **constants, **blocks.constants,
         )  # fmt: skip
     row = steps_by_row(around.channels, taps)
-    blocks = gpu_blocks(dtype, precision, 1, taps * sizes[0] if row else sizes[0], sizes[1], strided)
+    step = taps * around.channels if row else around.channels
+    blocks = gpu_blocks(dtype, precision, 1, step, around.out_channels, strided, around.is_tall)
     constants |= {"KH": taps, "KW": taps, "ROW": row, **blocks.constants}
     yield _job(conv2d_stats, "conv2d_stats_fwd_kernel", arch, types, blocks.options, whole, **constants)
 
@@ -103,6 +105,7 @@ def _combine_job(arch: int, state: str) -> dict[str, Any]:
 
 #: Between two norms; the first and last layers of an image network; a group of 16 channels; a wide convolution of each kind.
 STATISTICS = Around(bias=False)
+TALL = Around(bias=False, is_tall=True)
 BETWEEN_NORMS = Around(before="leaky_relu")
 FROM_IMAGE = Around(statistics=False, activation="leaky_relu", channels=3)
 TO_IMAGE = Around(statistics=False, activation="tanh", out_channels=3)
@@ -118,6 +121,7 @@ def _usual_jobs() -> Iterator[dict[str, Any]]:
     yield from _conv_jobs(90, torch.float32, "ieee", 3, False, FROM_IMAGE)
     yield from _conv_jobs(90, torch.bfloat16, "ieee", 4, True, TO_IMAGE)
     yield from _conv_jobs(100, torch.bfloat16, "ieee", 3, True, FROM_IMAGE)
+    yield from _conv_jobs(80, torch.bfloat16, "ieee", 4, True, TALL)
     yield from _conv_jobs(100, torch.bfloat16, "ieee", 3, True, GROUPED)
 
 
@@ -129,6 +133,9 @@ def _all_jobs() -> Iterator[dict[str, Any]]:
         for (dtype, precision), taps, last in itertools.product(kinds, (3, 4), (True, False)):
             for around in (Around(), BETWEEN_NORMS, FROM_IMAGE, TO_IMAGE, GROUPED):
                 yield from _conv_jobs(arch, dtype, precision, taps, last, around)
+        for dtype, taps in itertools.product((torch.float16, torch.bfloat16), (3, 4)):
+            for around in (TALL, replace(BETWEEN_NORMS, is_tall=True)):
+                yield from _conv_jobs(arch, dtype, "ieee", taps, True, around)
 
 
 def _check(jobs: list[dict[str, Any]], tmp_path: Path, record: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 import fuseblock
 from fuseblock import _conv_engine, _convolution, _tables, dispatch
 
-from .backends import available
+from .backends import _ON_GPU, DEVICE, available
 from .benchmarks_package import load
 from .tables import entry, table
 
@@ -70,12 +71,12 @@ def test_a_run_writes_entries_for_blocks(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("case", [SMALL, UP], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=_ON_GPU) for c in (SMALL, UP)])
 def test_both_engines_take_part_where_they_can(case: Any) -> None:
     """And a wrong result is noticed."""
     question = blocks.BlockQuestion("conv_norm_act" if case.norm else "conv_act", case, "train", "float32")
     with available("triton"), fuseblock.backend("triton"):
-        contest = question.contest("cpu", seed=0)
+        contest = question.contest(DEVICE, seed=0)
         assert list(contest.rivals) == ["aten", "triton"]
         ran: dict[str, list[str]] = {}
         run = dispatch.run
@@ -92,6 +93,29 @@ def test_both_engines_take_part_where_they_can(case: Any) -> None:
     assert any(op.startswith("conv") for op in ran["triton"])
 
 
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=_ON_GPU) for op in ("conv2d_stats", "conv_transpose2d_subpixel")]
+)
+def test_our_kernels_among_each_other(op: str) -> None:
+    """Where there are several: in 16 bit, channels-last, from 64 channels on."""
+    case = replace(blocks.CASES[1 if op == "conv2d_stats" else 3], image=2, batch=1)
+    question = blocks._kernels(case, "bfloat16")
+    assert question.op == op
+    with available("triton"), fuseblock.backend("triton"):
+        contest = question.contest(DEVICE, seed=0)
+        assert list(contest.rivals) == ["triton", "triton (tall tiles)"]
+        assert all(contest.check(rival.results()).green for rival in contest.rivals.values())
+        for other in (replace(case, channels_last=False), replace(case, channels=32)):
+            assert list(blocks._kernels(other, "bfloat16").contest(DEVICE, 0).rivals) == ["triton"]
+        assert list(blocks._kernels(case, "float32").contest(DEVICE, 0).rivals) == ["triton"]
+
+
+def test_our_kernels_are_asked_about_first() -> None:
+    asked = {question.op for question, _ in blocks.questions(["bfloat16"])}
+    assert asked == {"conv_norm_act", "conv_act", "conv2d_act", "conv2d_stats", "conv_transpose2d_subpixel"}
+    assert {question.op for question, _ in blocks.questions(["float32"])} == {"conv_norm_act", "conv_act"}
+
+
 def test_questions() -> None:
     """All cases, no key twice; matrix products' TF32 is no matter."""
     found = blocks.questions(["bfloat16", "tf32"])
@@ -103,6 +127,7 @@ def test_questions() -> None:
     only = blocks.questions(["float32"], ["sngan*"])
     assert {question.case.name for question, _ in only} == {"sngan32"}
     assert len(only) == 4  # two layouts, two modes
+    assert len(blocks.questions(["float16"], ["sngan*"])) == 5
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def test_dispatch_asks_what_is_measured(op: str, kind: str, monkeypatch: pytest.
     able = tuple(Candidate(name, None, lambda *args: None) for name in ("cuda", "triton"))
     monkeypatch.setitem(dispatch._CANDIDATES, op, able)
     question = passes.PassQuestion(op, passes.PassCase(op, "", 16, 64, 16, kind), "train", "float16")
-    key, on_meta = question.key(), question._args("meta", 0)
+    key, on_meta = question.key(), question.args("meta", 0)
     with FakeTensorMode():
         args = tuple(
             torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda")

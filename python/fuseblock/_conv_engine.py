@@ -23,9 +23,9 @@ from torch.compiler import is_compiling
 from . import _tables, dispatch
 from ._convolution import Geometry
 from ._library import forward_mode_active, wants_gradient
+from .ops._questions import of_convolution
 from .ops.conv2d_act import ACTIVATIONS
 from .ops.conv_transpose2d_subpixel import GEOMETRY as SUBPIXEL
-from .reference.conv_stats import memory_format_of
 
 _MEASURED: ContextVar[str] = ContextVar("fuseblock_conv_engine", default="")
 
@@ -105,7 +105,7 @@ def why_not_triton(call: Call) -> str | None:
         return "transforms see PyTorch's convolution"
     reason = _why_not_geometry(call)
     if reason is None:
-        (candidate,) = (c for c in dispatch.candidates(call.operator) if c.name == "triton")
+        candidate = next(c for c in dispatch.candidates(call.operator) if c.name == "triton")
         reason = candidate.why_not(call.x, call.weight)
     return reason
 
@@ -139,24 +139,6 @@ def _why_not_geometry(call: Call) -> str | None:
 def key(call: Call) -> _tables.Key:
     """What a table is asked."""
     _, x, weight, bias, geometry, *_ = call
-    n, channels, height, width = x.shape
-    dtype = call.dtype
-    return (
-        ("mode", "train" if wants_gradient((x, weight, bias)) else "forward"),
-        ("dtype", dtype),
-        ("tf32", _tables.tf32("conv") if dtype is torch.float32 else ""),
-        ("layout", "channels-last" if memory_format_of(x) is torch.channels_last else "contiguous"),
-        ("kind", "transposed" if geometry.transposed else "plain"),
-        ("kernel", _by(weight.shape[2:])),
-        ("stride", _by(geometry.stride)),
-        ("channels", channels // geometry.groups),
-        ("out_channels", weight.shape[1] if geometry.transposed else weight.shape[0] // geometry.groups),
-        ("groups", geometry.groups),
-        ("batch", n),
-        ("height", height),
-        ("width", width),
-    )
-
-
-def _by(sizes: tuple[int, ...]) -> str:
-    return "x".join(map(str, sizes))
+    mode = "train" if wants_gradient((x, weight, bias)) else "forward"
+    sizes = of_convolution(x, weight, geometry.stride, geometry.groups, geometry.transposed, call.dtype)
+    return ("mode", mode), *sizes

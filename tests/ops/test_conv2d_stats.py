@@ -135,6 +135,19 @@ def test_it_runs_on_pytorch_where_there_is_no_gpu() -> None:
             dispatch.choose("conv2d_stats", large)
 
 
+def test_tall_tiles_are_for_many_channels_in_16_bit() -> None:
+    launch = pytest.importorskip("fuseblock.launch.triton_conv_stats")
+    usual, tall = (launch.gpu_blocks(torch.bfloat16, "ieee", 1, 64, 64, is_tall=t) for t in (False, True))
+    assert (tall.m, tall.n, tall.k) == (2 * usual.m, usual.n, usual.k)
+    x, w = torch.empty(1, 64, 2, 2, dtype=torch.float16), torch.empty(64, 64, 3, 3, dtype=torch.float16)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert "16-bit channels-last" in launch.why_not_tall(x, w)
+    assert "16-bit channels-last" in launch.why_not_tall(last.float(), w)
+    assert "fewer than 64 channels" in launch.why_not_tall(last, w[:32])
+    with available("triton"), fuseblock.backend("triton"):
+        assert launch.why_not_tall(last, w) is None
+
+
 def test_bad_input() -> None:
     x, w = torch.randn(1, 2, 4, 4), torch.randn(3, 2, 3, 3)
     for error, message, args in (

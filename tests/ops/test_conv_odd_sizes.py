@@ -56,7 +56,8 @@ def kinds(channels: int, image: tuple[int, int]) -> Iterator[tuple[str, Any, Any
 
 def run(forced: Forced, function: Any, *args: Tensor) -> Any:
     with fuseblock.backend(forced.name):
-        return function(*args)
+        y = function(*(t.to(forced.device) for t in args))
+    return tuple(t.cpu() for t in y) if isinstance(y, tuple) else y.cpu()
 
 
 def derivatives(function: Any, *args: Tensor) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from . import _triton
 
 #: Taps that are unrolled at most.
 _MOST_TAPS = 25
+#: Channels of input and output from which on there is a choice between tiles.
+_TALL_CHANNELS = 64
 #: Products of a step when a row of taps is one.
 _ROW_PRODUCTS = 32
 
@@ -59,16 +62,17 @@ def gpu_blocks(
     channels: int,
     out_channels: int,
     is_strided_prologue: bool = False,
+    is_tall: bool = False,
 ) -> Blocks:
     """Tiles for a GPU: tensor cores take 16-bit and TF32 products; others are smaller for want of registers.
 
     ``channels`` are those of one step, ``out_channels`` those of a group: of few of them, tiles have more pixels. A prologue
-    that reads channels with strides, each by an address of its own, takes fewer at a time.
+    that reads channels with strides, each by an address of its own, takes fewer at a time. Tall tiles have twice the pixels.
     """
     if dtype == torch.float64:
         m, n, k, stages = 32 // accumulators, 32 // accumulators, 16, 1
     elif dtype == torch.float32 and precision == "ieee":
-        m, n, k, stages = 32, 32 // accumulators, 16, 2
+        m, n, k, stages = 32, 32 // accumulators, 16, 2 if accumulators == 1 else 1
     elif dtype == torch.float32:
         m, n, k, stages = 64, 64 // accumulators, 32 // accumulators, 2
     else:
@@ -77,7 +81,9 @@ def gpu_blocks(
         k = 16
     narrow = min(n, _at_least_16(out_channels))
     most = 256 if dtype.itemsize == 2 else 128  # pixels
-    return Blocks(min(m * n // narrow, most), narrow, min(k, _at_least_16(channels)), stages)
+    return Blocks(
+        min((2 if is_tall else 1) * m * n // narrow, most), narrow, min(k, _at_least_16(channels)), stages
+    )
 
 
 def _at_least_16(size: int) -> int:
@@ -101,7 +107,7 @@ def _blocks(
 ) -> Blocks:
     if not _triton.INTERPRETED:
         strided = around.scale is not None and x.is_contiguous()
-        return gpu_blocks(x.dtype, precision, accumulators, channels, out_channels, strided)
+        return gpu_blocks(x.dtype, precision, accumulators, channels, out_channels, strided, around.is_tall)
     # The interpreter's time is that of the number of programs.
     m, n, k = (min(_at_least_16(size), 4096) for size in (pixels, out_channels, channels))
     return Blocks(m, n, k, 1)
@@ -126,9 +132,20 @@ def why_not(x: Tensor, weight: Tensor, *args: Any) -> str | None:
     return reason
 
 
+def why_not_tall(x: Tensor, weight: Tensor, *args: Any) -> str | None:
+    """The reason why kernels with tall tiles cannot take the arguments of an operator, or None."""
+    if x.dtype.itemsize != 2 or x.is_contiguous():
+        return "tall tiles have registers for 16-bit channels-last tensors"
+    if min(weight.shape[:2]) < _TALL_CHANNELS:
+        return f"of fewer than {_TALL_CHANNELS} channels all tiles are tall"
+    return why_not(x, weight, *args)
+
+
 def candidates(op: str) -> tuple[Candidate, ...]:
     """How Triton can run `op`: conv2d_stats, conv_transpose2d_subpixel or conv2d_act."""
-    return (Candidate("triton", globals()[op], why_not, devices=_triton.DEVICES),)
+    run, devices = globals()[op], _triton.DEVICES
+    tall = Candidate("triton", partial(run, is_tall=True), why_not_tall, devices, "tall tiles")
+    return Candidate("triton", run, why_not, devices), tall
 
 
 class Neighbours(NamedTuple):
@@ -138,6 +155,7 @@ class Neighbours(NamedTuple):
         scale, shift, before, slope_before: of the prologue and its activation.
         activation, slope: of the epilogue.
         statistics: whether the epilogue takes those of the result.
+        is_tall: whether it runs with tall tiles.
     """
 
     scale: Tensor | None = None
@@ -147,6 +165,7 @@ class Neighbours(NamedTuple):
     activation: str = "identity"
     slope: float = 0.0
     statistics: bool = False
+    is_tall: bool = False
 
     def operands(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Scale and shift for the kernels, which read them in the dtype of the statistics."""
@@ -260,9 +279,11 @@ def conv2d_stats(
     shift: Tensor | None,
     before: str,
     slope_before: float,
+    *,
+    is_tall: bool = False,
 ) -> tuple[Tensor, ...]:
     """Op `conv2d_stats`: (y, mean, var)."""
-    around = Neighbours(scale, shift, before, slope_before, statistics=True)
+    around = Neighbours(scale, shift, before, slope_before, statistics=True, is_tall=is_tall)
     return _conv2d(x, weight, bias, (stride_y, stride_x), (pad_y, pad_x), 1, around)
 
 
@@ -274,9 +295,11 @@ def conv_transpose2d_subpixel(
     shift: Tensor | None,
     before: str,
     slope_before: float,
+    *,
+    is_tall: bool = False,
 ) -> tuple[Tensor, ...]:
     """Op `conv_transpose2d_subpixel`: (y, mean, var)."""
-    around = Neighbours(scale, shift, before, slope_before, statistics=True)
+    around = Neighbours(scale, shift, before, slope_before, statistics=True, is_tall=is_tall)
     return _conv_transpose2d(x, weight, bias, around)
 
 
@@ -292,9 +315,11 @@ def conv2d_act(
     transposed: bool,
     activation: str,
     negative_slope: float,
+    *,
+    is_tall: bool = False,
 ) -> Tensor:
     """Op `conv2d_act`: y."""
-    around = Neighbours(activation=activation, slope=negative_slope)
+    around = Neighbours(activation=activation, slope=negative_slope, is_tall=is_tall)
     if transposed:
         return _conv_transpose2d(x, weight, bias, around)[0]
     return _conv2d(x, weight, bias, (stride_y, stride_x), (pad_y, pad_x), groups, around)[0]

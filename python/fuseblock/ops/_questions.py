@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import _tables, dispatch
@@ -55,6 +56,43 @@ def _filter(args: Args) -> _tables.Key:
     return *_of(x), ("taps", f"{f.shape[1]}x{f.shape[0]}"), *factors
 
 
+def of_convolution(
+    x: Tensor, weight: Tensor, stride: Sequence[int], groups: int, transposed: bool, dtype: torch.dtype
+) -> _tables.Key:
+    """Kinds and sizes of a convolution that computes in dtype."""
+    channels, out_channels = weight.shape[:2] if transposed else (weight.shape[1], weight.shape[0] // groups)
+    return (
+        ("dtype", dtype),
+        ("tf32", _tables.tf32("conv") if dtype is torch.float32 else ""),
+        ("layout", "channels-last" if is_channels_last(x) else "contiguous"),
+        ("kind", "transposed" if transposed else "plain"),
+        ("kernel", "x".join(map(str, weight.shape[2:]))),
+        ("stride", "x".join(map(str, stride))),
+        ("channels", channels),
+        ("out_channels", out_channels),
+        ("groups", groups),
+        ("batch", x.shape[0]),
+        ("height", x.shape[2]),
+        ("width", x.shape[3]),
+    )
+
+
+def _conv2d_stats(args: Args) -> _tables.Key:
+    x, weight, _, stride_y, stride_x, _, _, scale, *_ = args
+    key = of_convolution(x, weight, (stride_y, stride_x), 1, False, x.dtype)
+    return *key, ("prologue", scale is not None)
+
+
+def _conv_transpose2d(args: Args) -> _tables.Key:
+    x, weight, _, scale, *_ = args
+    return *of_convolution(x, weight, (2, 2), 1, True, x.dtype), ("prologue", scale is not None)
+
+
+def _conv2d_act(args: Args) -> _tables.Key:
+    x, weight, _, stride_y, stride_x, _, _, groups, transposed, *_ = args
+    return of_convolution(x, weight, (stride_y, stride_x), groups, transposed, x.dtype)
+
+
 #: By operator the position of the tensor whose device counts, and the key.
 _ASKED: dict[str, tuple[int, Callable[[Args], _tables.Key]]] = {
     "batch_norm_act": (0, _norm),
@@ -63,6 +101,9 @@ _ASKED: dict[str, tuple[int, Callable[[Args], _tables.Key]]] = {
     "bias_act": (0, _bias),
     "bias_act_bwd": (0, _bias_bwd),
     "upfirdn2d": (0, _filter),
+    "conv2d_act": (0, _conv2d_act),
+    "conv2d_stats": (0, _conv2d_stats),
+    "conv_transpose2d_subpixel": (0, _conv_transpose2d),
 }
 for _op, (_like, _key) in _ASKED.items():
     dispatch.measured(_op, dispatch.Question(_like, _key))
