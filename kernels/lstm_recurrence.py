@@ -3,8 +3,8 @@
 forward   a_t = gx_t + h W_hh^T, then the step of kernels/lstm_gates.py
 backward  in reverse: dh_t = dy_t + delta_next W_hh;  delta_t and dc from lstm_step_bwd
 One program owns BLOCK_B rows of the batch in one direction and walks through all T steps, so no program waits for
-another. W_hh is one (BLOCK_H, BLOCK_H) tile per gate, H padded with zeros. Padded units are kept zero: where others are
-infinite, their products with weights of zero are NaN.
+another. W_hh is one (BLOCK_H, BLOCK_H) tile per gate, H padded: units beyond it have the weights of the last one and weigh
+nothing for others. (With weights of zero they would be NaN where h is infinite, and so would all others be a step later.)
 gx (T, B, D*4H), y (T, B, D*H), w_hh (D, 4H, H). Saved, as by every engine: gates (T, B, D*4H) activated and c (T, B, D*H),
 float32 for 16-bit inputs. h is rounded to the dtype of y at each step; c, dh and dc are carried in float32. Rows are
 active at t < length; inactive rows carry their state and give zeros. The next step's input is fetched before the dots.
@@ -21,11 +21,11 @@ from .lstm_gates import load_gates, load_tile, lstm_step, lstm_step_bwd, store_g
 
 @triton.jit
 def _load_weight(w_ptr, gate, rows, cols, hidden, stride_rows, stride_cols):
-    """The (BLOCK_H, BLOCK_H) tile of one gate, zero-padded; rows and cols index it through the given strides."""
-    mask = (rows < hidden)[:, None] & (cols < hidden)[None, :]
+    """The (BLOCK_H, BLOCK_H) tile of one gate, rows padded with zeros, columns with the last one."""
+    cols = tl.minimum(cols, hidden - 1)
     return tl.load(
         w_ptr + gate * hidden * hidden + rows[:, None] * stride_rows + cols[None, :] * stride_cols,
-        mask=mask,
+        mask=(rows < hidden)[:, None],
         other=0.0,
     )
 
@@ -100,7 +100,7 @@ def lstm_recurrence_fwd_kernel(
         a_g = tl.dot(h, w_g, x_g.to(tl.float32), input_precision=PRECISION)
         a_o = tl.dot(h, w_o, x_o.to(tl.float32), input_precision=PRECISION)
         i, f, g, o, c_new, tanh_c = lstm_step(a_i, a_f, a_g, a_o, c)
-        h_new = tl.where(mask, (o * tanh_c).to(h.dtype), 0.0)
+        h_new = (o * tanh_c).to(h.dtype)
         y = h_new
         if lengths_ptr is not None:
             active = t < length
@@ -217,6 +217,10 @@ def lstm_recurrence_bwd_kernel(
         if step + 1 == n_steps:
             c_prev = load_tile(c0_ptr + state_offset, row, unit, hidden, mask, tl.float32, ALIGNED)
         dm = dh
+        if (
+            d_gates_ptr is None
+        ):  # of second derivatives, for which registers are short, infinite ones may become NaN
+            dm = tl.where((unit < hidden)[None, :], dh, 0.0)
         if dy_ptr is not None:
             dy = dy_ptr + t * stride_dy_t + first_row * stride_dy_b + direction * hidden
             dm += load_tile(dy, row, unit, stride_dy_b, mask, tl.float32, ALIGNED)
@@ -247,7 +251,6 @@ def lstm_recurrence_bwd_kernel(
         dh = tl.dot(d_f, w_f, dh, input_precision=PRECISION)
         dh = tl.dot(d_g, w_g, dh, input_precision=PRECISION)
         dh = tl.dot(d_o, w_o, dh, input_precision=PRECISION)
-        dh = tl.where(mask, dh, 0.0)
         dc, c_new = dc_prev, c_prev
         t += sign
     tl.store(tile_ptrs(dh0_ptr + state_offset, row, unit, hidden, ALIGNED), dh, mask=mask)
