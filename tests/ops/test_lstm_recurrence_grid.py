@@ -199,16 +199,22 @@ def test_every_class(grid: GridOps, steps: int) -> None:
 
 
 #: Several jobs for each of several teams; one team with both directions; tiles beside each other.
-ORDERS = [(8, 20, 40, 2), (4, 9, 72, 2), (2, 17, 40, 1), (18, 3, 136, 1)]
+ORDERS = [
+    (8, 20, 40, 2, torch.bfloat16),
+    (4, 9, 72, 2, torch.bfloat16),
+    (2, 17, 40, 1, torch.bfloat16),
+    (2, 17, 40, 1, torch.float32),
+    (18, 3, 136, 1, torch.bfloat16),
+]
 
 
-@pytest.mark.parametrize(("multiprocessors", "batch", "hidden", "directions"), ORDERS)
+@pytest.mark.parametrize(("multiprocessors", "batch", "hidden", "directions", "dtype"), ORDERS)
 def test_events_in_any_order(
-    grid: GridOps, multiprocessors: int, batch: int, hidden: int, directions: int
+    grid: GridOps, multiprocessors: int, batch: int, hidden: int, directions: int, dtype: torch.dtype
 ) -> None:
     """Bit for bit: blocks wait where they must, and nothing depends on who comes first or what arrives late."""
     grid.kernels.multiprocessors = multiprocessors
-    check_any_order(grid, case(4, batch, hidden, directions, True), torch.bfloat16, range(12))
+    check_any_order(grid, case(4, batch, hidden, directions, True), dtype, range(12))
 
 
 def test_absent_gradients_mean_zeros(grid: GridOps) -> None:
