@@ -47,6 +47,12 @@ _TWO_PASSES = Design(
     _BACKWARD,
     2,
 )
+_WHOLE = Design(
+    "fuseblock: the same, one launch and one sweep, where a channel fits on chip",
+    passes("batch_norm_act_whole_fwd"),
+    passes("batch_norm_act_whole_bwd"),
+    2,
+)
 _EPILOGUE = Design(
     "fuseblock: statistics in the convolution's epilogue (`conv2d_stats`)",
     passes("batch_norm_act_fwd"),
@@ -59,6 +65,7 @@ DESIGNS = (
     EAGER,
     Design("PyTorch, torch.compile: statistics R, norm and activation R + W; 2R, 2R + W", 3, 5, 2),
     _TWO_PASSES,
+    _WHOLE,
     _EPILOGUE,
     Design("ideal: nothing in between is written; backward reads y three times", 0, 3, 1),
 )

@@ -6,7 +6,10 @@ the kernel loads and stores.
 
 from __future__ import annotations
 
+import re
+
 from benchmarks.model import Family, Kernel
+from benchmarks.model_spectral import SPECTRAL
 
 _BITS = {"b": "bytes of an element", "s": "bytes of an element of c: 4 with 16-bit gates, else b"}
 
@@ -100,9 +103,9 @@ RECURRENCE = Family(
         ),
         Kernel(
             "block tier: forward of a layer",
-            "b*T*B*D*I + (b + s)*Q",
+            "(b + s)*Q",
             "(b + k*(4*b + s))*U + (b + s)*Q",
-            again="4*b*D*H*(H + I + 2)",
+            again="b*T*B*I + 4*b*D*H*(H + I + 2)",
             flops="8*U*(H + I) + 30*U",
             tensor=True,
             cuda="lstm_block_fwd_kernel",
@@ -128,7 +131,7 @@ RECURRENCE = Family(
         Kernel(
             "fused step: forward",
             "5*b*U + s*U",
-            "(b + s + k*(4*b + s))*U",
+            "(b + s + k*(4*b + s))*U + b*Q",
             again="4*b*D*H*H*T",
             flops="8*U*H + 30*U",
             launches="T",
@@ -138,7 +141,7 @@ RECURRENCE = Family(
         Kernel(
             "fused step: backward",
             "(9*b + 3*s)*U",
-            "(4*b + s)*U",
+            "(4*b + s)*U + b*Q",
             again="4*b*D*H*H*(T + 1)",
             flops="8*U*H + 40*U",
             launches="T + 1",
@@ -184,7 +187,7 @@ NORM = Family(
         Kernel(
             "batch_norm_act_stats",
             "b*(E - F)",
-            "(12 if P > 1 else 8)*P*C",
+            "12*P*C",
             again="b*F",
             flops="10*E",
             cuda="batch_norm_act_stats_kernel",
@@ -397,4 +400,10 @@ CONVOLUTION = Family(
     "cache after the first time. The weight is copied into the kernels' order before, W elements.",
 )
 
-FAMILIES = (GATES, RECURRENCE, NORM, BIAS_ACT, IMAGES, CONVOLUTION)
+FAMILIES = (GATES, RECURRENCE, NORM, BIAS_ACT, IMAGES, CONVOLUTION, SPECTRAL)
+
+
+def is_known(function: str, backend: str) -> bool:
+    """Whether a kernel's function, "cuda" or "triton", is in the registry."""
+    patterns = (getattr(kernel, backend) for family in FAMILIES for kernel in family.kernels)
+    return any(pattern is not None and re.fullmatch(pattern, function) for pattern in patterns)

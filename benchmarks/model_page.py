@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import model_measured, model_resources
 from benchmarks.model import GPUS, Family, Kernel, Rates, evaluate, shown
 from benchmarks.model_blocks import BLOCKS, DESIGNS, EAGER, OURS, SECOND_ORDER
-from benchmarks.model_kernels import FAMILIES
+from benchmarks.model_kernels import FAMILIES, is_known
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PLOT, RESULTS = ROOT / "docs/performance.md", ROOT / "docs/performance.svg", ROOT / "benchmarks/results"
@@ -184,7 +184,7 @@ def _resources() -> Iterator[str]:
         "recurrence's tiers ask for at launch besides: `python -m fuseblock tiers`. Triton's are all that a launch takes."
     )
     yield ""
-    for of in model_resources.recorded().values():
+    for backend, of in model_resources.recorded().items():
         yield f"{of['compiler']}:"
         yield ""
         columns = sorted(
@@ -192,7 +192,8 @@ def _resources() -> Iterator[str]:
         )
         kernels: dict[str, dict[str, Any]] = {}
         for row in of["kernels"]:
-            kernels.setdefault(row["function"], {})[row["architecture"]] = row
+            if is_known(row["function"], backend):
+                kernels.setdefault(row["function"], {})[row["architecture"]] = row
         head = (
             "kernel",
             "instances",
@@ -204,7 +205,7 @@ def _resources() -> Iterator[str]:
             (
                 f"`{function}`",
                 str(max(row["instances"] for row in by_column.values())),
-                *(_range(by_column[name]["registers"]) for name in columns),
+                *(_range(by_column[n]["registers"]) if n in by_column else "" for n in columns),
                 _range(max(row["shared"] for row in by_column.values())),
                 str(sum(row["spills"] for row in by_column.values())),
             )

@@ -17,16 +17,12 @@ KERNELS = [kernel for family in registry.FAMILIES for kernel in family.kernels]
 UPDATE = "run `python -m benchmarks model` (kernels of Triton: `--triton`) and commit what it writes"
 
 
-def is_known(function: str, backend: str) -> bool:
-    patterns = (getattr(kernel, backend) for kernel in KERNELS)
-    return any(pattern is not None and re.fullmatch(pattern, function) for pattern in patterns)
-
-
 def test_the_committed_page_is_what_the_generator_writes() -> None:
     assert page.PAGE.read_text() == page.text(page.reports()), UPDATE
     assert page.PLOT.read_text().lstrip().startswith("<?xml")
 
 
+@pytest.mark.slow
 def test_resources_are_those_of_this_build() -> None:
     here, recorded = resources.of_build(), resources.recorded()["cuda"]
     if here is None or here["compiler"] != recorded["compiler"]:
@@ -38,14 +34,14 @@ def test_every_cuda_kernel_is_in_the_registry() -> None:
     sources = "\n".join(path.read_text() for path in (resources.ROOT / "csrc/cuda").glob("*.cuh"))
     functions = re.findall(r"__global__ void\s+(?:__launch_bounds__\([^;{]*?\)\s+)?(\w+)\(", sources)
     assert len(functions) > 20
-    assert [name for name in functions if not is_known(name, "cuda")] == []
+    assert [name for name in functions if not registry.is_known(name, "cuda")] == []
 
 
 def test_every_triton_kernel_is_in_the_registry() -> None:
     sources = "\n".join(path.read_text() for path in (resources.ROOT / "kernels").glob("*.py"))
     functions = re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE)
     assert len(functions) > 15
-    assert [name for name in functions if not is_known(name, "triton")] == []
+    assert [name for name in functions if not registry.is_known(name, "triton")] == []
 
 
 def test_formulas_need_no_other_symbols() -> None:
@@ -74,6 +70,7 @@ def test_passes_of_blocks() -> None:
     """Those of fuseblock come from the formulas: 3 and 5; without the statistics 2 and 5; second order 8."""
     ours = {design.name: (design.forward, design.backward) for design in blocks.OURS}
     assert [tuple(round(n, 2) for n in both) for both in ours.values()] == [(3, 5), (2, 5)]
+    assert any((round(d.forward, 2), round(d.backward, 2)) == (2, 3) for d in blocks.DESIGNS)  # in one launch
     assert blocks.SECOND_ORDER[1] == pytest.approx(8)
 
 
