@@ -82,8 +82,8 @@ def fuse(model: torch.nn.Module, *, verbose: bool = True) -> FuseReport:
 
     Swapped are `torch.nn.LSTM`, `LSTMCell`, `Conv1d`, `Conv2d`, `ConvTranspose1d`, `ConvTranspose2d`, `BatchNorm1d` to
     `3d`, `InstanceNorm1d`, `2d`, `ReLU`, `LeakyReLU`, and each `Sequential` in which an activation (ReLU, LeakyReLU, PReLU,
-    SiLU, Tanh, ELU) follows a norm or a convolution: it runs the two as one, while they themselves do what they did when
-    they are called by themselves (`fuseblock.nn.Sequential`).
+    SiLU, Tanh, ELU) follows a norm or a convolution, or a batch norm a convolution: it runs the two as one, while they
+    themselves do what they did when they are called by themselves (`fuseblock.nn.Sequential`).
 
     In other forwards a norm applies the activation that follows it directly, if `torch.fx` can trace the forward, it takes
     one way only, and no other method of its class names the norm. Whoever calls such a norm from outside gets activated
