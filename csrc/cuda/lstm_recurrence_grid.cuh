@@ -62,18 +62,6 @@ struct Counter {
   unsigned char others_keep_away[kCounterBytes - sizeof(GridBarrier)];
 };
 
-// A team's part of the workspace: its counters, and what its blocks exchange.
-struct TeamSpace {
-  Counter* counters;
-  unsigned char* data;
-
-  __device__ TeamSpace(void* workspace, const Plan& plan, int team) {
-    Counter* const all = static_cast<Counter*>(workspace);
-    counters = all + team * plan.counters;
-    data = reinterpret_cast<unsigned char*>(all + plan.teams * plan.counters) + team * plan.team_bytes;
-  }
-};
-
 // What blocks give each other in a step, in turns of two places: buffer n % 2 for the n-th step of the team.
 struct Ring {
   unsigned char* data;
@@ -82,14 +70,13 @@ struct Ring {
   __device__ unsigned char* step(unsigned n) const { return data + n % 2 * bytes; }
 };
 
-// The whole block copies what others have stored, after it has waited for them: of each tile of rows the first `bytes`,
-// tiles lie `stride` apart. cp.async of 16 bytes reads L2, past the multiprocessor's own cache; it is issued behind the barrier
-// that follows the acquiring load, so it finds what was released.
-__device__ __forceinline__ void gather(void* shared, const unsigned char* global, int tiles, int stride, int bytes) {
-  for (int tile = 0; tile < tiles; ++tile) {
-    for (int at = threadIdx.x * 16; at < bytes; at += kThreads * 16) {
-      copy_async<16>(static_cast<unsigned char*>(shared) + tile * stride + at, global + tile * stride + at);
-    }
+// The whole block copies the operand, which others have stored, after it has waited for them. cp.async of 16 bytes reads L2, past
+// the multiprocessor's own cache; it is issued behind the barrier that follows the acquiring load, so it finds what was released.
+__device__ __forceinline__ void gather(void* shared, const unsigned char* global, const Plan& plan) {
+  const bool all = plan.owned_bytes == plan.operand_bytes;
+  for (int at = threadIdx.x * 16; at < plan.tiles * plan.operand_bytes; at += kThreads * 16) {
+    if (!all && at % plan.operand_bytes >= plan.owned_bytes) continue;
+    copy_async<16>(static_cast<unsigned char*>(shared) + at, global + at);
   }
   copy_async_wait_all();
   __syncthreads();
@@ -105,7 +92,7 @@ __device__ __forceinline__ void publish(unsigned char* global, const Core<T>* st
 
 // Calls launch.operator()<S>(plan) for this call's plan; cudaSuccess where there is nothing to do.
 template <class T, class Op, class Launch>
-cudaError_t dispatch(const Op& op, bool backward, Launch launch) {
+cudaError_t dispatch(const Op& op, bool backward, void* stream, Launch launch) {
   const LstmShape& shape = op.shape;
   const bool valid = shape.steps > 0 && shape.steps <= INT32_MAX && shape.batch >= 0 && shape.hidden >= 0 &&
                      shape.hidden <= INT32_MAX && (shape.directions == 1 || shape.directions == 2);
@@ -113,7 +100,11 @@ cudaError_t dispatch(const Op& op, bool backward, Launch launch) {
   if (shape.batch == 0 || shape.hidden == 0) return cudaSuccess;
   const Plan plan = plan_of(shape, sizeof(T), backward);
   if (plan.jobs == 0) return cudaErrorCooperativeLaunchTooLarge;
-  if (plan.workspace_bytes() > op.workspace_bytes) return cudaErrorInvalidValue;
+  if (plan.teams * plan.team_bytes > op.workspace_bytes) return cudaErrorInvalidValue;
+  // Launches must find the counters zero; none is left with what another one counted.
+  const cudaError_t error = cudaMemset2DAsync(op.workspace, plan.team_bytes, 0, plan.counter_bytes, plan.teams,
+                                              static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) return error;
 #define FB_LSTM_GRID_CASE(S) \
   if (plan.steps == S) return launch.template operator()<S>(plan);
   if constexpr (std::is_same_v<T, float>) {

@@ -13,8 +13,7 @@ namespace fuseblock {
 
 }  // namespace fuseblock
 
-// dtype: fuseblock::DType number of T. workspace: as large as launch/lstm_grid.py says; it begins with counters, which
-// are zero, so that nothing is left to reset.
+// dtype: fuseblock::DType number of T. workspace: as large as launch/lstm_grid.py says, of any content.
 // Blocks that cannot all run at the same time are an error, cudaErrorCooperativeLaunchTooLarge. Streams that are captured into a
 // CUDA graph take the launch, too: cudaLaunchAttributeCooperative is valid for launches and for graph nodes.
 extern "C" {

@@ -51,10 +51,10 @@ struct BwdExchange {
   Counter *rows, *columns;
   Ring dgates, partials;
 
-  __device__ BwdExchange(const TeamSpace& space, const Plan& plan, int64_t dgates_bytes) {
-    rows = space.counters;
+  __device__ BwdExchange(void* workspace, const Plan& plan, int64_t dgates_bytes) {
+    rows = static_cast<Counter*>(workspace);
     columns = rows + plan.rows;
-    dgates = {space.data, plan.rows * dgates_bytes};
+    dgates = {reinterpret_cast<unsigned char*>(columns + 2 * plan.columns), plan.rows * dgates_bytes};
     partials = {dgates.data + 2 * dgates.bytes,
                 int64_t{plan.blocks} * plan.groups * plan.tiles * plan.rows * int64_t{sizeof(PartialTile)}};
   }
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_bwd_kernel(const LstmBw
   const int row_group = me.member / plan.columns, column_group = me.member % plan.columns;
   const int row_units = plan.columns * plan.groups * kTileUnits;  // of a row group
   const int bytes = plan.tiles * Shared::kTileGateCores * static_cast<int>(sizeof(Core<T>));
-  const BwdExchange exchange(TeamSpace(op.workspace, plan, me.team), plan, bytes);
+  const BwdExchange exchange(static_cast<char*>(op.workspace) + me.team * plan.team_bytes, plan, bytes);
   // Own cells in the dgates of a row group and in the partial sums of a step.
   const int own_cores = me.tile * Shared::kTileGateCores + (column_group * plan.groups + me.group) * kGates * kTileCores<T>;
   const int own_partials = (me.first_unit / kTileUnits * plan.tiles + me.tile) * plan.rows;
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_bwd_kernel(const LstmBw
       }
 
       grid_wait(exchange.row(row_group), (done + 1) * plan.columns);
-      gather(shared.dgates, exchange.dgates.step(done) + row_group * bytes, 1, bytes, bytes);
+      gather(shared.dgates, exchange.dgates.step(done) + row_group * bytes, plan);
 
       // Partial sums of a tile of rows after the other: a lane has two neighbouring units of the warp's 16.
       const int group = column_group * (kColumns / kTileUnits) + me.warp * 2 + me.lane.unit / 4;
@@ -227,7 +227,7 @@ cudaError_t run(const LstmBwd& op, void* stream) {
   constexpr int kWidth = kVectorWidth<T>;
   if (!fits(op.dy)) return cudaErrorInvalidValue;
   const bool aligned = op.shape.hidden % kWidth == 0 && is_aligned(op.dy, kWidth) && are_aligned({op.gates, op.dgx});
-  return dispatch<T>(op, true, [&]<int S>(const Plan& plan) {
+  return dispatch<T>(op, true, stream, [&]<int S>(const Plan& plan) {
     const dim3 grid(static_cast<unsigned>(plan.teams * plan.blocks));
     return FB_LAUNCH_COOPERATIVE((lstm_grid_bwd_kernel<T, kPasses, S>), grid, dim3(kThreads), plan.shared_bytes, stream, op,
                                  plan, aligned);

@@ -23,8 +23,8 @@ struct FwdShared {
   }
 };
 
-// A team's part of the workspace: a counter of its blocks, h of two steps. Padded H may reach beyond the units that blocks own:
-// nobody writes h there, nobody copies it, and in shared memory it stays as h0 has it, zero.
+// A team's part of the workspace: a counter of its blocks, h of two steps. Beyond the units that blocks own, padded h is neither
+// written nor copied: in shared memory it stays as h0 has it, zero.
 //
 // Two are enough. A block writes h of step n + 2 over that of step n only after it has seen all arrivals of step n + 1, and
 // every block arrives there after it has copied h of step n.
@@ -32,7 +32,11 @@ struct FwdExchange {
   GridBarrier* arrived;
   Ring h;
 
-  __device__ FwdExchange(const TeamSpace& space, int64_t bytes) : arrived(&space.counters->barrier), h{space.data, bytes} {}
+  __device__ FwdExchange(void* workspace, const Plan& plan) {
+    unsigned char* const start = static_cast<unsigned char*>(workspace);
+    arrived = &reinterpret_cast<Counter*>(start)->barrier;
+    h = {start + sizeof(Counter), int64_t{plan.tiles} * plan.operand_bytes};
+  }
 };
 
 template <class T, int kPasses, int S>
@@ -41,9 +45,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_fwd_kernel(const LstmFw
   const FwdShared<T, S> shared(memory, plan);
   const Place me(plan);
   Stage<T>& stage = shared.stages[me.warp];
-  constexpr int kCoreBytes = static_cast<int>(sizeof(Core<T>));
-  const int cores = plan.tiles * shared.tile_cores, owned_cores = plan.blocks * plan.groups * kTileCores<T>;
-  const FwdExchange exchange(TeamSpace(op.workspace, plan, me.team), int64_t{cores} * kCoreBytes);
+  const FwdExchange exchange(static_cast<char*>(op.workspace) + me.team * plan.team_bytes, plan);
   const int own_core = me.tile * shared.tile_cores + me.first_unit / kVectorWidth<T>;
   const int parts = kWarps / plan.groups, part = me.warp / plan.groups;  // of h, one for each warp of a group
   const bool saves = op.gates != nullptr;
@@ -66,12 +68,11 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_fwd_kernel(const LstmFw
 
     Vec<float, 2> c = zeros<float, 2>();
     Vec<T, 2> h = zeros<T, 2>();
-    int length[2] = {}, piece_length = 0;
+    int length[2] = {};
     if (me.owns_cells) {
       c = load_cells<float>(slice.state(op.c0), me.row, me.unit);
       h = load_cells<T>(h0, me.row, me.unit);
       for (int r = 0; r < 2; ++r) length[r] = slice.length(me.row + r, me.unit);
-      piece_length = slice.length(me.first_row + me.lane.index % kTileRows);
     }
 
     for (int step = 0; step < slice.steps; ++step) {
@@ -86,9 +87,9 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_fwd_kernel(const LstmFw
       // All of h. The first step of a job waits, too: it is going to write where others may still read.
       if (done > 0) grid_wait(exchange.arrived, done * plan.blocks);
       if (step > 0) {
-        gather(shared.h, exchange.h.step(done - 1), plan.tiles, shared.tile_cores * kCoreBytes, owned_cores * kCoreBytes);
+        gather(shared.h, exchange.h.step(done - 1), plan);
       } else {
-        for (int n = threadIdx.x; n < cores * kTileRows; n += kThreads) {
+        for (int n = threadIdx.x; n < plan.tiles * shared.tile_cores * kTileRows; n += kThreads) {
           const int core = n / kTileRows, row = core / shared.tile_cores * kTileRows + n % kTileRows;
           shared.h[core].row[n % kTileRows] = load_piece(h0, aligned, row, core % shared.tile_cores * kVectorWidth<T>);
         }
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_grid_fwd_kernel(const LstmFw
       // While h is on its way to the others. The stage is put again only behind the next __syncthreads.
       if (me.owns_cells) {
         Pieces<T, 1>::each(me.lane, [&](int, int core, int row, int unit, int) {
-          const auto piece = t < piece_length ? stage.units[core].row[row] : zeros<T, kVectorWidth<T>>();
+          const auto piece = t < slice.length(me.first_row + row) ? stage.units[core].row[row] : zeros<T, kVectorWidth<T>>();
           store_piece(y, aligned, me.first_row + row, me.first_unit + unit, piece);
         });
         y.move(1);
@@ -164,7 +165,7 @@ cudaError_t run(const LstmFwd& op, void* stream) {
   constexpr int kWidth = kVectorWidth<T>;
   if (!fits(op.gx)) return cudaErrorInvalidValue;
   const bool aligned = op.shape.hidden % kWidth == 0 && is_aligned(op.gx, kWidth) && are_aligned({op.h0, op.y, op.gates});
-  return dispatch<T>(op, false, [&]<int S>(const Plan& plan) {
+  return dispatch<T>(op, false, stream, [&]<int S>(const Plan& plan) {
     const dim3 grid(static_cast<unsigned>(plan.teams * plan.blocks));
     return FB_LAUNCH_COOPERATIVE((lstm_grid_fwd_kernel<T, kPasses, S>), grid, dim3(kThreads), plan.shared_bytes, stream, op,
                                  plan, aligned);

@@ -29,10 +29,10 @@ struct Plan {
   int rows, columns, blocks;  // of a team, which are rows x columns: of its groups, backward; forward has one row
   int teams, jobs;            // jobs: 0 where nothing fits
   int shared_bytes;           // of a block
-  int counters;               // of a team, at the start of the workspace: zero before the launch
-  int64_t team_bytes;         // of a team, behind all counters: written before they are read
-
-  int64_t workspace_bytes() const { return teams * (int64_t{counters} * kCounterBytes + team_bytes); }
+  int operand_bytes;          // of a tile of rows: what a product takes, h or dgates of a row group
+  int owned_bytes;            // of these the first, which blocks own and write; beyond them h is nothing but padding
+  int64_t team_bytes;         // of the workspace: counters first, which are zero, then what is written before it is read
+  int counter_bytes;
 };
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
@@ -40,15 +40,14 @@ inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 // Weights, operands and stages; forward also the sums of warps.
 inline int shared_bytes(const Plan& x, int element, bool backward) {
   const int weights = std::max(0, 2 * x.steps - tiles_in_registers(element)) * kWarps * 512;
-  const int operand = backward ? 512 * x.steps : 2048 * x.steps / x.groups + 1024 * kWarps;
-  return weights + x.tiles * operand + kWarps * kStageTiles * 64 * element;
+  const int sums = backward ? 0 : 1024 * kWarps;
+  return weights + x.tiles * (x.operand_bytes + sums) + kWarps * kStageTiles * 64 * element;
 }
 
-// What a step exchanges, twice: h, or dgates and partial sums.
+// Counters, and what a step exchanges, twice: h, or dgates and partial sums.
 inline int64_t team_bytes(const Plan& x, bool backward) {
-  if (!backward) return int64_t{2} * x.tiles * 2048 * x.steps / x.groups;
-  const int64_t partial_sums = int64_t{256} * x.blocks * x.groups * x.rows;
-  return 2 * x.tiles * (512 * x.rows * x.steps + partial_sums);
+  const int64_t partial_sums = backward ? int64_t{256} * x.blocks * x.groups * x.rows : 0;
+  return x.counter_bytes + 2 * x.tiles * (int64_t{x.rows} * x.operand_bytes + partial_sums);
 }
 
 // Clocks of a step, roughly: for waiting, and for each tile of rows for mma and for copying its operand from L2. Unmeasured;
@@ -84,8 +83,10 @@ inline Plan plan_of(const LstmShape& shape, int element, bool backward) {
       x.rows = static_cast<int>(blocks) / x.columns;
       x.blocks = static_cast<int>(blocks);
       x.teams = static_cast<int>(std::min(shape.multiprocessors / blocks, jobs));
+      x.operand_bytes = backward ? 512 * steps : 2048 * steps / groups;
+      x.owned_bytes = backward ? x.operand_bytes : x.blocks * groups * 64 * element;
+      x.counter_bytes = kCounterBytes * (backward ? x.rows + 2 * x.columns : 1);
       x.shared_bytes = shared_bytes(x, element, backward);
-      x.counters = backward ? x.rows + 2 * x.columns : 1;
       x.team_bytes = team_bytes(x, backward);
       if (x.shared_bytes > shape.shared_bytes || jobs > INT32_MAX) continue;
       x.jobs = static_cast<int>(jobs);

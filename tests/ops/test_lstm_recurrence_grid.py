@@ -302,7 +302,7 @@ def test_limits_of_known_gpus() -> None:
 
 @pytest.mark.parametrize("short", [0, 1000])
 def test_too_small_a_workspace_is_an_error(grid: GridOps, short: int) -> None:
-    tier = replace(GRID, workspace_bytes=lambda *args: (short, short))
+    tier = replace(GRID, workspace_bytes=lambda *args: short)
     args = (*case(1, 3, 40, 1, False).inputs(torch.float16), None, True)
     with pytest.raises(ValueError, match="cudaError 1$"):
         resident_recurrence.lstm_recurrence(tier, grid.kernels, *args)

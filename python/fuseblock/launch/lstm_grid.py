@@ -47,16 +47,14 @@ class Team:
         operand = 512 * self.steps if backward else 2048 * self.steps // self.groups + 1024 * _WARPS
         return weights + tiles * operand + _WARPS * 5 * 64 * itemsize
 
-    def counter_bytes(self, backward: bool) -> int:
-        """Where the blocks count who has arrived."""
-        return _COUNTER * (self.rows + 2 * self.columns if backward else 1)
-
-    def exchanged_bytes(self, tiles: int, backward: bool) -> int:
-        """What the blocks tell each other in two steps."""
+    def workspace_bytes(self, tiles: int, backward: bool) -> int:
+        """What the blocks exchange in two steps, and their counters."""
         if not backward:
-            return 2 * tiles * 2048 * self.steps // self.groups
+            return _COUNTER + 2 * tiles * 2048 * self.steps // self.groups
         partial_sums = self.blocks * self.groups * self.rows * 256
-        return 2 * tiles * (self.rows * 512 * self.steps + partial_sums)
+        return (self.rows + 2 * self.columns) * _COUNTER + 2 * tiles * (
+            self.rows * 512 * self.steps + partial_sums
+        )
 
 
 def teams(dtype: torch.dtype, hidden: int, backward: bool, gpu: Gpu) -> Iterator[Team]:
@@ -95,14 +93,12 @@ def least_blocks(dtype: torch.dtype, hidden: int, backward: bool, gpu: Gpu) -> i
 
 def workspace_bytes(
     dtype: torch.dtype, directions: int, batch: int, hidden: int, backward: bool, gpu: Gpu
-) -> tuple[int, int]:
-    """(bytes, those of them at the beginning that are zero), enough for whatever plan the launcher makes."""
-    most = most_counters = 0
+) -> int:
+    """Enough bytes for whatever plan the launcher makes."""
+    most = 0
     for team in teams(dtype, hidden, backward, gpu):
         for tiles in range(1, min(8 // team.groups, -(-batch // 8)) + 1):
             jobs = directions * -(-batch // (8 * tiles))
             count = min(gpu.multiprocessors // team.blocks, jobs)
-            counters = count * team.counter_bytes(backward)
-            most = max(most, counters + count * team.exchanged_bytes(tiles, backward))
-            most_counters = max(most_counters, counters)
-    return most, most_counters
+            most = max(most, count * team.workspace_bytes(tiles, backward))
+    return most

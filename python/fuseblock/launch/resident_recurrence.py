@@ -35,8 +35,7 @@ class Tier:
         name: ``block``, ... as in csrc/cuda/lstm_recurrence_<name>.h and the names of the operators.
         dtypes: that its kernels run in.
         largest_hidden: (dtype, gpu) -> the largest H, 0 where it cannot run at all.
-        workspace_bytes: (dtype, directions, batch, hidden, backward, gpu) -> bytes that a launch needs beside its
-            operands, and how many of them, from the first on, must be zero.
+        workspace_bytes: (dtype, directions, batch, hidden, backward, gpu) -> bytes that a launch needs beside its operands.
         least_blocks: (dtype, hidden, backward, gpu) -> blocks that must run at the same time, where they wait for each
             other, for any launch at all.
     """
@@ -44,7 +43,7 @@ class Tier:
     name: str
     dtypes: tuple[torch.dtype, ...]
     largest_hidden: Callable[[torch.dtype, Gpu], int]
-    workspace_bytes: Callable[[torch.dtype, int, int, int, bool, Gpu], tuple[int, int]] = lambda *args: (0, 0)
+    workspace_bytes: Callable[[torch.dtype, int, int, int, bool, Gpu], int] = lambda *args: 0
     least_blocks: Callable[[torch.dtype, int, bool, Gpu], int] = lambda *args: 1
 
     def why_not(
@@ -104,7 +103,7 @@ class ResidentKernels(Protocol):
     """The two launches of a tier. Tensors as in `fuseblock.ops.lstm_recurrence`, outputs last.
 
     All are contiguous but gx and dy, which have contiguous columns. w_hh is padded with zeros to the next multiple of 8
-    columns. workspace: uint8, as the tier wants it. passes: see `passes`.
+    columns. workspace: uint8, as many as the tier wants. passes: see `passes`.
     """
 
     def fwd(
@@ -181,12 +180,8 @@ def passes(dtype: torch.dtype) -> int:
 def _workspace(tier: Tier, w_hh: Tensor, c0: Tensor, backward: bool) -> Tensor | None:
     """What a launch of the tier needs beside its operands: of the caching allocator, so safe on any stream."""
     directions, batch, hidden = c0.shape
-    size, zeros = tier.workspace_bytes(w_hh.dtype, directions, batch, hidden, backward, gpu_of(w_hh))
-    if size == 0:
-        return None
-    workspace = torch.empty(size, dtype=torch.uint8, device=w_hh.device)
-    workspace[:zeros].zero_()
-    return workspace
+    size = tier.workspace_bytes(w_hh.dtype, directions, batch, hidden, backward, gpu_of(w_hh))
+    return torch.empty(size, dtype=torch.uint8, device=w_hh.device) if size else None
 
 
 def lstm_recurrence(

@@ -2,6 +2,7 @@
 #include "device.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "scheduler.h"
 
@@ -46,5 +47,11 @@ cudaError_t launch_placed(const fuseblock::Placement& placement, dim3 grid, dim3
 
 }  // namespace cuda_emulator
 
-// Launches throw, so there never is an error to fetch; what the launchers call instead of the CUDA runtime's.
+// What the launchers call instead of the CUDA runtime's. Launches throw, so there never is an error to fetch, and are over
+// when they return.
 extern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+extern "C" cudaError_t cudaMemset2DAsync(void* to, size_t pitch, int value, size_t width, size_t height, cudaStream_t) {
+  for (size_t row = 0; row < height; ++row) std::memset(static_cast<char*>(to) + row * pitch, value, width);
+  return cudaSuccess;
+}
