@@ -158,7 +158,9 @@ def bytes_of_new_tensors(step: Callable[[], Any], device: str) -> tuple[int, Any
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", ["leaky_relu", "silu"])
-@pytest.mark.parametrize("backend", ["auto", "cpu", pytest.param("triton", marks=_ON_GPU)])
+@pytest.mark.parametrize(
+    "backend", ["auto", "cpu", *(pytest.param(name, marks=_ON_GPU) for name in ("triton", "cuda"))]
+)
 def test_layouts_are_not_copied(backend: str, name: str, channels_last: bool) -> None:
     """The only new tensors of x's size are y, dx, and the two adjoints of the second order."""
     with available(backend) as forced, fuseblock.backend(backend):
