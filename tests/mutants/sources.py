@@ -75,6 +75,7 @@ _FUSED_STEP = (
 
 _NORM = "tests/ops/test_batch_norm_act_kernels.py"
 _NORM_CUDA = (_selected("cuda", _NORM), _selected("threads", _NORM))
+_NORM_WHOLE = (("tests/ops/test_batch_norm_act_whole.py",),)
 _INSTANCE_NORM = "tests/ops/test_instance_norm_act.py"
 _NORM_TRITON = (
     _selected("triton and float64", _NORM),
@@ -184,8 +185,14 @@ SOURCES = [
         (("tests/ops/test_lstm_recurrence_block.py", "-m", "not slow"),),
     ),
     Source("python/fuseblock/launch/cuda_lstm_layer.py", "python", _LAYER_CUDA[:1]),
-    Source("csrc/cuda/batch_norm_act.cuh", "emulator", _NORM_CUDA),
-    Source("csrc/cuda/batch_norm_act.cu", "emulator", _NORM_CUDA),
+    Source("csrc/cuda/channels.cuh", "emulator", _NORM_CUDA + _NORM_WHOLE),
+    Source("csrc/cuda/channel_grid.h", "emulator", _NORM_CUDA + _NORM_WHOLE),
+    Source("csrc/cuda/batch_norm_act_point.cuh", "emulator", _NORM_CUDA + _NORM_WHOLE),
+    Source("csrc/cuda/batch_norm_act.cuh", "emulator", _NORM_CUDA + _NORM_WHOLE),
+    Source("csrc/cuda/batch_norm_act_second.cuh", "emulator", _NORM_CUDA),
+    Source("csrc/cuda/batch_norm_act.cu", "emulator", _NORM_CUDA + _NORM_WHOLE),
+    Source("csrc/cuda/batch_norm_act_resident.cuh", "emulator", _NORM_WHOLE),
+    Source("csrc/cuda/batch_norm_act_resident.cu", "emulator", _NORM_WHOLE),
     Source("csrc/math/scalar.h", "emulator", _NORM_CUDA + _EMULATOR),
     Source("csrc/math/pointwise.h", "cpu", _NORM_CPU),
     Source("csrc/cpu/pointwise_simd.h", "cpu", _NORM_CPU),
