@@ -65,7 +65,7 @@ bool resident_fwd(const BatchNormAct& op, const DeviceLimits& device, void* stre
     using S = State<T>;
     ResidentPlan to;
     if (!can_vectorise<T, kSpan>(op)) return false;
-    const size_t reduction = op.channels_last ? kReductionBytes<S, 2 * kSpan + 1> : kReductionBytes<S, 3>;
+    const size_t reduction = reduction_bytes<S>(op.channels_last ? 2 * kSpan + 1 : 3);
     if (!plan_on(device, op, kSpan, kSpan * sizeof(T), 1, reduction, to)) return false;
     const Placement placement{to.cluster};
     if (op.channels_last) {
@@ -87,7 +87,7 @@ bool resident_bwd(const BatchNormAct& op, const DeviceLimits& device, void* stre
     constexpr int width = kChannelWidth<T>;
     ResidentPlan to;
     if (!can_vectorise<T, width>(op)) return false;
-    const size_t reduction = op.channels_last ? kReductionBytes<S, 3 * width> : kReductionBytes<S, 3>;
+    const size_t reduction = reduction_bytes<S>(op.channels_last ? 3 * width : 3);
     if (!plan_on(device, op, width, width * sizeof(T), 2, reduction, to)) return false;
     const Placement placement{to.cluster};
     const int rows = op.activation == static_cast<int>(Activation::prelu) ? 3 : 2;

@@ -19,9 +19,11 @@ namespace fuseblock {
 // Threads x of a block at most: vectors of neighbouring channels.
 inline constexpr int kMostAcross = 32;
 
-// Shared memory that reductions of M values need beside the columns.
-template <class S, int M>
-inline constexpr size_t kReductionBytes = sizeof(S) * M * (kChannelThreads / 2 + 2 * kMostAcross);
+// Shared memory that reductions of so many values of a thread need beside the columns.
+template <class S>
+constexpr size_t reduction_bytes(int values) {
+  return sizeof(S) * values * (kChannelThreads / 2 + 2 * kMostAcross);
+}
 
 // The blocks of a chunk and this one's number among them: its cluster, where there are clusters.
 __device__ inline unsigned blocks_of_chunk() {
