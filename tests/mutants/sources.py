@@ -240,7 +240,7 @@ SOURCES = [
     Source("python/fuseblock/functional/_upfirdn2d.py", "python", ((_IMAGES, "-k", "not cuda"),)),
     Source("python/fuseblock/ops/_conv_stats.py", "python", (_selected("not triton", *_CONV_STATS),)),
     Source("python/fuseblock/ops/conv2d_act.py", "python", (_selected("not triton", _CONV_ACT),)),
-    Source("python/fuseblock/_conv_engine.py", "python", ((_CONV_BLOCKS,), ("tests/test_tune_blocks.py",))),
+    Source("python/fuseblock/_conv_engine.py", "python", ((_CONV_BLOCKS,),)),
     Source("python/fuseblock/nn/_fused_convolution.py", "python", ((_CONV_BLOCKS,),)),
     Source("kernels/conv2d_stats.py", "triton", _CONV_TRITON),
     Source("kernels/conv_transpose2d_subpixel.py", "triton", _CONV_TRITON),
