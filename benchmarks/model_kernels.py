@@ -129,6 +129,15 @@ RECURRENCE = Family(
             triton="lstm_gates_bwd_kernel",
         ),
         Kernel(
+            "per step: second order",
+            "(9*b + 5*s)*U",
+            "(9*b + 3*s)*U",
+            flops="80*U",
+            launches="D*T",
+            cuda="lstm_step_bwd_bwd_kernel",
+            triton="lstm_gates_bwd_bwd_kernel",
+        ),
+        Kernel(
             "fused step: forward",
             "5*b*U + s*U",
             "(b + s + k*(4*b + s))*U + b*Q",
@@ -152,6 +161,7 @@ RECURRENCE = Family(
     note="Steps wait for each other: T times a step's latency is a floor, too, and mostly the higher one. The design "
     "assumes 0.75 to 0.95 us a step in a cluster and 1.2 to 1.3 us in the grid at H = 1,024 (not measured). Left out: what "
     "the grid's blocks tell each other through L2; of the per-step recurrence its products, one call a step and direction. "
+    "Its second order repeats the backward steps, too. "
     "The fused step reads W_hh once a step, which L2 holds where it is not too large.",
 )
 

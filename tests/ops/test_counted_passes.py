@@ -406,6 +406,18 @@ def test_recurrence_per_step(backend: Backend) -> None:
     forward = partial(per_step.lstm_recurrence, steps)
     check_recurrence(backend.count, forward, partial(per_step.lstm_recurrence_bwd, steps), "per step")
 
+    rows, hidden = 77, 40
+
+    def draw(columns: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(rows, columns).to(dtype)
+
+    acts, dm, v = draw(4 * hidden), draw(hidden), draw(4 * hidden)
+    c_prev, c, dc, v_dc, a_c_prev, a_c = (draw(hidden, torch.float32) for _ in range(6))
+    outputs = draw(hidden), v_dc, draw(4 * hidden), draw(4 * hidden), a_c_prev, a_c
+    with backend.count() as launches:
+        steps.step_bwd_bwd(acts, c_prev, c, dm, dc, None, v, v_dc, None, 0, *outputs, None)
+    check(launches, registry.RECURRENCE.kernel("per step: second order"), U=rows * hidden, b=2, s=4)
+
 
 @pytest.mark.parametrize(
     ("label", "name"),
