@@ -81,6 +81,15 @@ def test_values_and_derivatives_are_the_stock_ones(layout: torch.memory_format, 
 
 
 @pytest.mark.usefixtures("triton")
+def test_the_norm_applies_the_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = fuseblock.nn.Conv2dBlock(3, 4, 3, activation="silu").to(DEVICE)
+    x = torch.randn(2, 3, 6, 6, device=DEVICE)
+    want = block(x)
+    monkeypatch.setattr(nn.SiLU, "forward", None)
+    torch.testing.assert_close(block(x), want)
+
+
+@pytest.mark.usefixtures("triton")
 def test_evaluation_hooks_and_others_run_apart(ran: list[str]) -> None:
     x = torch.randn(2, 3, 6, 6, device=DEVICE)
     block = fuseblock.nn.Conv2dBlock(3, 4, 3, padding=1).to(DEVICE)
@@ -143,6 +152,8 @@ def test_explain() -> None:
         told = fuseblock.explain("block", block.train(), x)
         assert told.chosen == "aten"
         assert ("Triton's interpreter is for tests" if DEVICE == "cpu" else "plain rule") in str(told)
+        other = fuseblock.nn.Conv2dBlock(3, 4, 3, norm="instance")
+        assert "neither batch norm nor activation" in str(fuseblock.explain("block", other, x))
         with fuseblock.backend("cpu"):
             assert fuseblock.explain("block", block, x).rule == "backend 'cpu' is forced"
 

@@ -95,6 +95,25 @@ def test_behind_it_a_batch_norm(forced: Forced) -> None:
     )
 
 
+def test_a_batch_norm_takes_its_statistics() -> None:
+    x, w, _ = (t.requires_grad_() for t in inputs("3x3", torch.float64))
+    y, mean, var = functional.conv2d_stats(x, w, None, 1, 1)
+    running = [torch.zeros(9, dtype=y.dtype), torch.ones(9, dtype=y.dtype)]
+    z = functional.batch_norm_act(
+        y, running_mean=running[0], running_var=running[1], activation="relu", statistics=(mean, var)
+    )
+    stock = torch.nn.BatchNorm2d(9, affine=False, dtype=y.dtype)
+    want = stock(F.conv2d(x, w, None, 1, 1)).relu()
+    torch.testing.assert_close(z, want)
+    torch.testing.assert_close(running, [stock.running_mean, stock.running_var])
+    for got, expected in zip(*(torch.autograd.grad(t.pow(3).sum(), [x, w]) for t in (z, want)), strict=True):
+        assert cases.relative_error(got, expected) < 1e-9
+    with pytest.raises(ValueError, match="training without process_group where statistics are given"):
+        functional.batch_norm_act(
+            y, running_mean=mean, running_var=var, training=False, statistics=(mean, var)
+        )
+
+
 def test_only_the_gradients_asked_for() -> None:
     x, w, _ = inputs("3x3", torch.float64)
     cases.check_masks(lambda *t: functional.conv2d_stats(*t), x, w)
