@@ -67,13 +67,14 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const Op op) {
 
   const auto c0 = slice.state(op.c0);
   Vec<float, 2> c[kTiles][2];
-  int length[kTiles][2];
+  int length[kTiles][2], piece_length[UnitPieces<T, kTiles>::kCount];  // of the cells; of the pieces of y
 #pragma unroll
   for (int n = 0; n < 2 * kTiles; ++n) {
     const int row = n / 2 * kTileRows + me.row + n % 2;
     c[n / 2][n % 2] = c0.template load<2>(row, me.unit);
     length[n / 2][n % 2] = slice.length(row, me.unit);
   }
+  UnitPieces<T, kTiles>::each(me, [&](int n, int row, int) { piece_length[n] = slice.length(row); });
   __syncthreads();
 
   for (int step = 0; step < slice.steps; ++step) {
@@ -133,8 +134,8 @@ __global__ void __launch_bounds__(2 * H, 1) lstm_block_fwd_kernel(const Op op) {
 
     // What the lanes of a warp have put together leaves in pieces of 16 bytes.
     __syncwarp();
-    UnitPieces<T, kTiles>::each(me, [&](int, int row, int unit) {
-      y.store(row, unit, t < slice.length(row) ? h_now.template at<kWidth>(row, unit) : zeros<T, kWidth>());
+    UnitPieces<T, kTiles>::each(me, [&](int n, int row, int unit) {
+      y.store(row, unit, t < piece_length[n] ? h_now.template at<kWidth>(row, unit) : zeros<T, kWidth>());
     });
     y.move(1);
     if (saves) {
