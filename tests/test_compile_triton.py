@@ -200,8 +200,11 @@ def _norm_jobs(
     many = activation in ("prelu", "silu", "tanh", "elu")
     sums = {"SUMS": 5 if not many else 12 if saved else 10}
     for kernel in sorted(k for k in STATE_POINTERS if k.startswith("batch_norm_act") and "combine" not in k):
-        tile = triton_batch_norm_act.SECOND_TILE if "bwd_bwd" in kernel else triton_batch_norm_act.TILE
-        tile = triton_batch_norm_act.tile_elements(tile, torch.float64 if dtype == "fp64" else torch.float32)
+        state = torch.float64 if dtype == "fp64" else torch.float32
+        tile = triton_batch_norm_act.TILE
+        if "bwd_bwd" in kernel:
+            tile = triton_batch_norm_act.second_tile(state, sums="reduce" in kernel)
+        tile = triton_batch_norm_act.tile_elements(tile, state)
         block, other = triton_batch_norm_act.gpu_blocks(layout, row, 1 << 20, tile)
         rows_first = layout == channel_tiles.ROWS.value
         blocks = {"BLOCK_C": other if rows_first else block, "BLOCK_S": block if rows_first else other}
@@ -320,6 +323,15 @@ def _check(jobs: list[dict[str, Any]], tmp_path: Path, record: Any) -> None:
         assert result["shared"] <= job["shared"] <= SHARED_LIMIT[job["arch"]], report
         # Alignment must reach the memory instructions, through masks and strides.
         assert result["wide"] or not job["constants"].get("ALIGNED"), f"narrow accesses: {result['name']}"
+        if job["module"] == batch_norm_act.__name__ and job["constants"].get("ALIGNED"):
+            # Of the second order's sums, a thread has four elements.
+            narrow = "bwd_bwd_reduce" in job["kernel"] and job["signature"]["x_ptr"] in ("*bf16", "*fp16")
+            least = 8 if narrow else 16
+            assert result["loads"] >= least, f"loads of {result['loads']} bytes: {result['name']}"
+            outputs = "reduce" not in job["kernel"] and "stats" not in job["kernel"]
+            assert not outputs or result["stores"] >= least, (
+                f"stores of {result['stores']} bytes: {result['name']}"
+            )
         if job["module"] == lstm_recurrence_step.__name__ and job["constants"]["ALIGNED"]:
             assert result["wide_copies"], f"operands are not copied in 16 bytes: {result['name']}"
             halves = job["signature"]["w_hh_ptr"] != "*fp32"

@@ -86,7 +86,16 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
         "wide": bool(
             re.search(r"(ld|st)\.global\.(L\S+\.)?v4\.b32|(ld|st)\.global\S*\.v[24]\.b(32|64)", ptx)
         ),
+        # Bytes of the widest accesses.
+        "loads": widest("ld", ptx),
+        "stores": widest("st", ptx),
     }
+
+
+def widest(kind: str, ptx: str) -> int:
+    """Bytes of the widest load or store of global memory."""
+    found = re.findall(rf"\b{kind}\.global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)\s", ptx)
+    return max((int(count or 1) * int(bits) // 8 for count, bits in found), default=0)
 
 
 def main(path: str, workers: int = 2) -> None:

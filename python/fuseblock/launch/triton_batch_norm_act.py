@@ -36,8 +36,9 @@ _PRELU = number("prelu")
 #: of a sum depends on the shape alone.
 _PROGRAMS = 1024
 
-#: Elements of a tile, of 4 warps: the kernels with many sums or outputs take small ones, or they would run out of registers.
-TILE, SECOND_TILE, COMBINE_TILE = 1024, 512, 2048
+#: Elements of a tile, of 4 warps: 16 bytes a thread in 16 bit. The up to twelve sums of the second order take small ones, or
+#: they would run out of registers.
+TILE, SECOND_SUMS_TILE, COMBINE_TILE = 1024, 512, 2048
 
 
 def why_not(*args: Any) -> str | None:
@@ -74,6 +75,11 @@ def programs(chunks: int, channel_blocks: int) -> int:
 def tile_elements(tile: int, dtype: torch.dtype) -> int:
     """Elements of a tile: half as many where each takes two registers."""
     return tile // 2 if dtype is torch.float64 else tile
+
+
+def second_tile(dtype: torch.dtype, *, sums: bool) -> int:
+    """Elements of a tile of the second order; those of float64 fill registers as the sums do."""
+    return SECOND_SUMS_TILE if sums or dtype is torch.float64 else TILE
 
 
 class Tiles:
@@ -245,7 +251,8 @@ def bwd_bwd_reduce(v: Tensor | None, v_residual: Tensor | None, dy: Tensor, site
         return _zeros(dy, count, site.per_sample)
     tensors = (v, v_residual if count == 12 else None, dy, *_affine(site), site.mask, site.slope)
     kernel, each = batch_norm_act_bwd_bwd_reduce_kernel, site.per_sample
-    return _total(_reduce(kernel, count, tensors, dy, SECOND_TILE, each, SUMS=count, **_activation(site)))
+    tile = second_tile(dy.dtype, sums=True)
+    return _total(_reduce(kernel, count, tensors, dy, tile, each, SUMS=count, **_activation(site)))
 
 
 def bwd_bwd_apply(
@@ -255,7 +262,7 @@ def bwd_bwd_apply(
     a_x, a_dy = torch.empty_like(site.x), torch.empty_like(site.x)
     a_residual = None if site.residual is None else torch.empty_like(site.x)
     if dy.numel():
-        tiles = Tiles(dy, SECOND_TILE, site.per_sample)
+        tiles = Tiles(dy, second_tile(dy.dtype, sums=False), site.per_sample)
         tensors = (v, v_residual, dy, *_affine(site), site.mask, site.slope, k, a_x, a_dy, a_residual)
         _launch(batch_norm_act_bwd_bwd_kernel, tiles.chunks, tiles, tensors, dy, **_activation(site))
     return a_x, a_dy, a_residual
