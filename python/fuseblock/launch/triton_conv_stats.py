@@ -67,7 +67,8 @@ def gpu_blocks(
     """Tiles for a GPU: tensor cores take 16-bit and TF32 products; others are smaller for want of registers.
 
     ``channels`` are those of one step, ``out_channels`` those of a group: of few of them, tiles have more pixels. A prologue
-    that reads channels with strides, each by an address of its own, takes fewer at a time. Tall tiles have twice the pixels.
+    that reads channels with strides, each by an address of its own, takes fewer at a time, and none ahead. Tall tiles have
+    twice the pixels.
     """
     if dtype == torch.float64:
         m, n, k, stages = 32 // accumulators, 32 // accumulators, 16, 1
@@ -78,7 +79,7 @@ def gpu_blocks(
     else:
         m, n, k, stages = 64, 64 // accumulators, 32, 3
     if is_strided_prologue:
-        k = 16
+        k, stages = 16, 1
     narrow = min(n, _at_least_16(out_channels))
     most = 256 if dtype.itemsize == 2 else 128  # pixels
     return Blocks(
