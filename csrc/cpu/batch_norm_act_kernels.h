@@ -20,6 +20,7 @@ using cpu::NormView;
 
 constexpr int kBlockVectors = 32;  // added up in float
 constexpr int kBlockRows = 16;     // channels last: rows whose operands are loaded once
+constexpr int kFirstRows = 4;      // channels last: for a first mean, since one value may be far from it
 
 typedef double Wide __attribute__((vector_size(2 * FB_VEC_BYTES)));  // as many lanes as floats
 
@@ -197,7 +198,7 @@ struct Norm {
       sum = sum + d;
       square = square + d * d;
       pending += lane_count(l, lanes);
-      if (++vectors == kBlockVectors) flush();
+      if (++vectors == (seen ? kBlockVectors : 1)) flush();
     });
     if (pending) flush();
     sums[0] = mean;
@@ -205,7 +206,7 @@ struct Norm {
   }
 
   static void stats_last(const NormView& a, const NormSlice& s, double* sums) {
-    for_blocks(a, s, kBlockVectors, [&](int64_t u, auto l, int64_t m, int64_t end) __attribute__((always_inline)) {
+    const auto add = [&](int64_t u, auto l, int64_t m, int64_t end) __attribute__((always_inline)) {
       double* const mean = sums + u;
       double* const squares = sums + a.padded + u;
       const int64_t seen = m - s.begin;
@@ -220,7 +221,11 @@ struct Norm {
       }
       for (int j = 0; j < lanes; ++j)
         merge(mean[j], squares[j], (double)seen, more, shift.raw[j], sum.raw[j], square.raw[j]);
-    });
+    };
+    NormSlice head = s, rest = s;
+    head.end = rest.begin = s.begin + kFirstRows < s.end ? s.begin + kFirstRows : s.end;
+    for_blocks(a, head, kFirstRows, add);
+    for_blocks(a, rest, kBlockVectors, add);
   }
 
   template <Activation A, bool prelu>

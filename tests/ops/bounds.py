@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -49,11 +50,39 @@ def error_ratio(got: Tensor, want: Tensor, stock_error: float, longest_sum: int)
     Allowed are twice stock PyTorch's error in the same dtype and one unit in the last place of the largest value; in
     float64, where `want` is itself rounded, `longest_sum` such units. Stock's is its worst over the outputs of a call.
     """
-    eps = torch.finfo(got.dtype).eps
-    allowed = longest_sum * eps if got.dtype == torch.float64 else 2 * stock_error + eps
-    ratio = relative_error(got, want) / allowed
+    return _ratio(relative_error(got, want), stock_error, got.dtype, longest_sum)
+
+
+def _ratio(error: float, stock_error: float, dtype: torch.dtype, longest_sum: int) -> float:
+    eps = torch.finfo(dtype).eps
+    ratio = error / (longest_sum * eps if dtype == torch.float64 else 2 * stock_error + eps)
     ratio = ratio if ratio == ratio else float("inf")
     test = os.environ.get("PYTEST_CURRENT_TEST", "").rsplit(" (", 1)[0]
-    if ratio > WORST.get(str(got.dtype), (-1.0, ""))[0]:
-        WORST[str(got.dtype)] = ratio, test
+    if ratio > WORST.get(str(dtype), (-1.0, ""))[0]:
+        WORST[str(dtype)] = ratio, test
     return ratio
+
+
+@dataclass(frozen=True)
+class Orders:
+    """Results of one draw of random operands, and what they should be: lists of each order of derivative."""
+
+    got: Sequence[Sequence[Tensor]]
+    want: Sequence[Sequence[Tensor]]
+    stock: Sequence[Sequence[Tensor]]
+
+
+def check_orders(values: int, dtype: torch.dtype, longest_sum: int, draw: Callable[[int], Orders]) -> None:
+    """Hold every result to `error_ratio`'s bound: of tensors of a few values, whose error is mostly luck, on average."""
+    draws = 1 if values >= 500 else 4
+    errors: dict[tuple[int, int], float] = {}
+    stock_errors = [0.0, 0.0, 0.0]
+    for n in range(draws):
+        drawn = draw(n)
+        for order, (got, want, stock) in enumerate(zip(drawn.got, drawn.want, drawn.stock, strict=True)):
+            stock_errors[order] += max(map(relative_error, stock, want)) / draws
+            for k, (g, w) in enumerate(zip(got, want, strict=True)):
+                errors[order, k] = errors.get((order, k), 0.0) + relative_error(g, w) / draws
+    for (order, k), error in errors.items():
+        ratio = _ratio(error, stock_errors[order], dtype, longest_sum)
+        assert ratio <= 1, f"order {order}, output {k}: error {ratio:.3g} times the allowed one"
