@@ -234,6 +234,7 @@ class BuildNative(build_ext):
         self.report["cuda"] = {"compiler": version_line(nvcc), "flags": NVCC_FLAGS, "architectures": names}
         parts = [
             ([*common, *with_clusters], "csrc/cuda/*_cluster_*.cu"),
+            ([*common, *with_clusters], "csrc/cuda/*_resident.cu"),
             ([*common, *without_clusters], "csrc/cuda/*.cu"),
         ]
         return parts, ["-DWITH_CUDA", f"-isystem{home / 'include'}"], link

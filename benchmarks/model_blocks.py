@@ -84,7 +84,7 @@ class Block:
         size: height and width of the output.
         stride: of an ordinary convolution; 0: transposed.
         groups: of the convolution.
-        normed: whether a batch norm follows; else a bias and a LeakyReLU.
+        norm: that follows: "batch" or "instance"; "": a bias and a LeakyReLU.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Block:
     size: int
     stride: int = 1
     groups: int = 1
-    normed: bool = True
+    norm: str = "batch"
 
     @property
     def elements(self) -> int:
@@ -117,7 +117,7 @@ class Block:
 
     def passes(self, design: Design) -> tuple[float, float]:
         """Of forward and backward between this convolution and the next."""
-        if self.normed:
+        if self.norm:
             return design.forward, design.backward
         # The activation R + W. Backward, eager: activation 2R + W, the bias's gradient R; ours: R + W and a bit an element.
         return (2, 4) if design is EAGER else (2 + 1 / 16, 2 + 1 / 16)
@@ -131,7 +131,7 @@ class Block:
 
 
 BLOCKS = (
-    Block("DCGAN-64 D 3 > 64 k4 s2, LeakyReLU", 128, 3, 64, 4, 32, 2, normed=False),
+    Block("DCGAN-64 D 3 > 64 k4 s2, LeakyReLU", 128, 3, 64, 4, 32, 2, norm=""),
     Block("DCGAN-64 D 64 > 128 k4 s2", 128, 64, 128, 4, 16, 2),
     Block("DCGAN-64 D 256 > 512 k4 s2", 128, 256, 512, 4, 4, 2),
     Block("DCGAN-64 G 128 > 64 transposed", 128, 128, 64, 4, 32, 0),
@@ -140,12 +140,12 @@ BLOCKS = (
     Block("BigGAN-128 192 at 64^2", 64, 192, 192, 3, 64),
     Block("BigGAN-128 384 at 32^2", 64, 384, 384, 3, 32),
     Block("SNGAN-32 128 at 32^2", 64, 128, 128, 3, 32),
-    Block("StyleGAN2-256 D 64 at 256^2, LeakyReLU", 32, 64, 64, 3, 256, normed=False),
+    Block("StyleGAN2-256 D 64 at 256^2, LeakyReLU", 32, 64, 64, 3, 256, norm=""),
     Block("pix2pix PatchGAN 64 > 128 k4 s2", 16, 64, 128, 4, 64, 2),
-    Block("CycleGAN 256 at 64^2, instance norm", 4, 256, 256, 3, 64),
+    Block("CycleGAN 256 at 64^2, instance norm", 4, 256, 256, 3, 64, norm="instance"),
     Block("SRGAN 64 at 96^2", 16, 64, 64, 3, 96),
-    Block("ESRGAN conv5 192 > 64 at 32^2, LeakyReLU", 16, 192, 64, 3, 32, normed=False),
-    Block("R3GAN grouped 3x3, 1536 in 96 groups at 32^2, LeakyReLU", 32, 1536, 1536, 3, 32, groups=96, normed=False),
+    Block("ESRGAN conv5 192 > 64 at 32^2, LeakyReLU", 16, 192, 64, 3, 32, norm=""),
+    Block("R3GAN grouped 3x3, 1536 in 96 groups at 32^2, LeakyReLU", 32, 1536, 1536, 3, 32, groups=96, norm=""),
 )  # fmt: skip
 
 #: Those of ours that a block can run on: the second with a kernel of its own for the convolution.

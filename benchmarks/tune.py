@@ -252,13 +252,14 @@ Asked = list[tuple[Question, dict[str, Any]]]
 
 
 def everything(precisions: Sequence[str], patterns: list[str] | None) -> Asked:
-    """All questions with their keys: of LSTMs, then of convolution blocks; parts before the wholes that they are in."""
-    return [
+    """All questions with their keys: real sizes first; of LSTMs, then of blocks; parts before wholes that they are in."""
+    asked = [
         *tune_layers.questions(precisions, patterns),
         *tune_questions.questions(precisions, patterns),
         *tune_passes.questions(precisions, patterns),
         *tune_blocks.questions(precisions, patterns),
     ]
+    return sorted(asked, key=lambda pair: pair[0].case.name.startswith("spread-"))
 
 
 def main(argv: Sequence[str], ask: Callable[..., Asked] = everything) -> int:

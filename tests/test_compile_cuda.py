@@ -173,6 +173,16 @@ def test_norm_and_pointwise_kernels_move_16_bytes(family: str, architecture: str
     }
 
 
+@pytest.mark.parametrize("architecture", ["90a", "100"])
+def test_norms_in_one_launch_know_their_clusters(architecture: str) -> None:
+    """Made of PTX that has no clusters, every block would take itself for the first of its channel."""
+    kernels = sass(CUDA / "batch_norm_act_resident.cu", architecture)
+    assert kernels
+    for code in kernels:
+        name = code.split("\n", 1)[0]
+        assert "UCGABAR_ARV" in code and "UCGABAR_WAIT" in code, f"{name} has no barrier of a cluster"
+
+
 #: Instructions of the self-tests' kernels, each of which is one wrapper of csrc/cuda.
 WARP_INSTRUCTIONS = [
     r"HMMA\.16816\.F32 ",

@@ -212,7 +212,7 @@ def test_bad_calls() -> None:
     sizes = iter((1, 2))
     step = fuseblock.graphed(lambda: torch.ones(next(sizes)), device="cpu")
     step()
-    with pytest.raises(RuntimeError, match="tensors of other shapes than before"):
+    with pytest.raises(RuntimeError, match="tensors of other shapes or dtypes than before"):
         step()
     kinds = iter((torch.ones(1), 2 * (torch.ones(1),)))
     step = fuseblock.graphed(lambda: next(kinds), device="cpu")
@@ -269,7 +269,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     for name, stand in stands.items():
         monkeypatch.setattr(torch.cuda, name, stand)
     monkeypatch.setattr(
-        module, "_runner", lambda device, generators: module._Cuda(device, generators, Stream(), "pool")
+        module, "runner_on", lambda device, generators: module.Cuda(device, generators, Stream(), "pool")
     )
     events.append(mode)
     return events
@@ -344,8 +344,8 @@ def test_what_cannot_be_captured_is_named(cuda: list[Any]) -> None:
 
 def test_autocast_around_the_call_is_refused(cuda: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     step = fuseblock.graphed(lambda x: x, warmup=2)
-    step(torch.ones(1)), step(torch.ones(1))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    step(torch.ones(1)), step(torch.ones(1))
     with pytest.raises(RuntimeError, match="autocast is on around the call"):
         step(torch.ones(1))
 
@@ -367,3 +367,68 @@ def test_inside_of_another_capture_the_step_just_runs(monkeypatch: pytest.Monkey
     )
     given = torch.ones(1)
     assert fuseblock.graphed(lambda x: x)(given) is given
+
+
+def test_modes_around_a_call_are_kinds() -> None:
+    step = fuseblock.graphed(lambda x: x @ x, warmup=2)
+    x = torch.randn(3, 3)
+    for _ in range(4):
+        assert step(x).dtype is torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert step(x).dtype is torch.bfloat16
+    with fuseblock.backend("reference"):
+        step(x)
+    assert len(step._kinds) == 3
+
+
+def test_every_call_is_checked() -> None:
+    step = fuseblock.graphed(lambda x: x * 2, warmup=2)
+    step(torch.zeros(3))
+    with pytest.raises(ValueError, match="requires a gradient"):
+        step(torch.zeros(3, requires_grad=True))
+    with pytest.raises(ValueError, match="expected tensors on meta, as given, got cpu"):
+        fuseblock.graphed(lambda x: x, device="meta")(torch.zeros(3))
+
+
+def test_compiled_modules() -> None:
+    """Dynamo traces hooks of modules, which must not show it what they keep."""
+    model = torch.compile(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), backend="eager")
+    step = fuseblock.graphed(model, warmup=2)
+    x = torch.ones(1, 2)
+    for _ in range(4):
+        torch.testing.assert_close(step(x), model(x))
+    model.eval()
+    with pytest.raises(RuntimeError, match="training"):
+        step(x)
+
+
+def test_pools_of_pools() -> None:
+    first = fuseblock.graphed(lambda x: x)
+    second = fuseblock.graphed(lambda x: x, pool=first)
+    third = fuseblock.graphed(lambda x: x, pool=second)
+    third(torch.zeros(1))
+    second(torch.zeros(1))
+    assert first._runner is second._runner is third._runner
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_gradients_that_a_graph_writes_must_stay(cuda: list[Any], set_to_none: bool) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train(x: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none)
+        loss = model(x).sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    step = fuseblock.graphed(train, warmup=2)
+    for _ in range(4):
+        step(torch.ones(1, 2))
+    model.zero_grad()
+    if set_to_none:  # they are the graph's own
+        step(torch.ones(1, 2))
+    else:
+        with pytest.raises(RuntimeError, match="gradient"):
+            step(torch.ones(1, 2))

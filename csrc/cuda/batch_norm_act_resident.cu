@@ -49,9 +49,10 @@ bool plan(const BatchNormAct& op, int width, int64_t bytes, int tensors, int64_t
 // In half of a multiprocessor's shared memory if possible, else in all of it.
 bool plan_on(const DeviceLimits& device, const BatchNormAct& op, int width, int64_t bytes, int tensors,
              size_t reduction_bytes, ResidentPlan& best) {
+  constexpr int64_t kReserved = 1024;  // for the system, of each block
   for (const int64_t share : {2, 1}) {
-    const int64_t shared_bytes = static_cast<int64_t>(device.shared_bytes) / share - static_cast<int64_t>(reduction_bytes);
-    if (plan(op, width, bytes, tensors, shared_bytes, device.clusters, best)) return true;
+    const int64_t own = (static_cast<int64_t>(device.shared_bytes) + kReserved) / share - kReserved;
+    if (plan(op, width, bytes, tensors, own - static_cast<int64_t>(reduction_bytes), device.clusters, best)) return true;
   }
   return false;
 }

@@ -97,6 +97,8 @@ struct PlacedLaunch {
   static cudaError_t prepare(const void* kernel, const Placement& placement, size_t shared_bytes) {
     cudaFuncAttributes has{};
     cudaError_t error = cudaFuncGetAttributes(&has, kernel);
+    // Made of older PTX, a kernel knows nothing of its cluster: each block would take itself for the first.
+    if (error == cudaSuccess && placement.cluster > 1 && has.ptxVersion < 90) error = cudaErrorInvalidDeviceFunction;
     if (error == cudaSuccess && shared_bytes > static_cast<size_t>(has.maxDynamicSharedSizeBytes)) {
       int device = 0, most = 0;
       cudaGetDevice(&device);

@@ -6,6 +6,7 @@
 
 #include <tuple>
 
+#include "math/pointwise.h"
 #include "torch/cuda_tensors.h"
 
 namespace fuseblock::torch_cuda {
@@ -17,7 +18,7 @@ using WholeLauncher = int (*)(const BatchNormAct*, int, const DeviceLimits*, voi
 // One call: the operands, checked against x, and what they are launched with.
 class NormCall {
  public:
-  NormCall(const char* name, const Tensor& x, bool per_sample) : op{}, name_(name), x_(x), device_(x) {
+  NormCall(const char* name, const Tensor& x, bool per_sample) : op{}, name_(name), x_(x), device_(x), per_sample_(per_sample) {
     STD_TORCH_CHECK(x.dim() >= 2, "fuseblock::", name, ": expected x with 2 dimensions or more, got ", x.dim());
     const int64_t samples = x.size(0), channels = x.size(1);
     const int64_t positions = channels > 0 && samples > 0 ? x.numel() / (samples * channels) : 0;
@@ -54,6 +55,10 @@ class NormCall {
   void set_site(const MaybeTensor& mean, const MaybeTensor& invstd, const MaybeTensor& weight, const MaybeTensor& bias,
                 const MaybeTensor& residual, const MaybeTensor& mask, const MaybeTensor& slope, int64_t activation,
                 double negative_slope) {
+    STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::elu), "fuseblock::", name_,
+                    ": unknown activation ", activation);
+    STD_TORCH_CHECK(!per_sample_ || (!residual.has_value() && !mask.has_value()), "fuseblock::", name_,
+                    ": statistics per sample go without a residual");
     op.mean = values(mean, "mean", count_);
     op.invstd = values(invstd, "invstd", count_);
     op.weight = values(weight, "weight", count_);
@@ -72,6 +77,13 @@ class NormCall {
   }
 
   int64_t mask_bytes() const { return (x_.numel() + 7) / 8; }
+  // Has the kernel write a mask, if wanted; else it is empty.
+  Tensor new_mask(bool wanted) {
+    STD_TORCH_CHECK(!wanted || !per_sample_, "fuseblock::", name_, ": statistics per sample go without a mask");
+    Tensor mask = fresh({wanted ? mask_bytes() : 0}, ScalarType::Byte);
+    if (wanted) op.new_mask = static_cast<uint8_t*>(mask.data_ptr());
+    return mask;
+  }
   Tensor fresh_like_x() const { return torch::stable::empty_like(x_); }
   Tensor fresh(std::initializer_list<int64_t> shape, ScalarType dtype) const {
     return torch::stable::new_empty(x_, shape, dtype);
@@ -130,6 +142,7 @@ class NormCall {
   const char* name_;
   const Tensor& x_;
   OnDeviceOf device_;
+  bool per_sample_;
   int64_t count_;
 };
 
@@ -146,9 +159,8 @@ std::tuple<Tensor, Tensor> batch_norm_act_fwd(const Tensor& x, const Tensor& mea
                                               double negative_slope, bool per_sample, bool want_mask) {
   NormCall call("batch_norm_act_fwd", x, per_sample);
   call.set_site(mean, invstd, weight, bias, residual, std::nullopt, slope, activation, negative_slope);
-  Tensor y = call.fresh_like_x(), mask = call.fresh({want_mask ? call.mask_bytes() : 0}, ScalarType::Byte);
+  Tensor y = call.fresh_like_x(), mask = call.new_mask(want_mask);
   call.op.y = y.data_ptr();
-  if (want_mask) call.op.new_mask = static_cast<uint8_t*>(mask.data_ptr());
   call.run(launch_batch_norm_act_fwd);
   return {y, mask};
 }
@@ -221,13 +233,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_whole_fwd(
   NormCall call("batch_norm_act_whole_fwd", x, per_sample);
   call.set_site(std::nullopt, std::nullopt, weight, bias, residual, std::nullopt, slope, activation, negative_slope);
   const ScalarType state = state_dtype(x);
-  Tensor y = call.fresh_like_x(), mask = call.fresh({want_mask ? call.mask_bytes() : 0}, ScalarType::Byte);
+  Tensor y = call.fresh_like_x(), mask = call.new_mask(want_mask);
   Tensor mean = call.fresh({call.count()}, state), var = call.fresh({call.count()}, state);
   Tensor invstd = call.fresh({call.count()}, state);
   const Tensor workspace = call.with_workspace();
   call.op.eps = eps;
   call.op.y = y.data_ptr();
-  if (want_mask) call.op.new_mask = static_cast<uint8_t*>(mask.data_ptr());
   call.op.new_mean = mean.data_ptr(), call.op.new_var = var.data_ptr(), call.op.new_invstd = invstd.data_ptr();
   call.run_whole(launch_batch_norm_act_whole_fwd);
   return {y, mean, var, invstd, mask};

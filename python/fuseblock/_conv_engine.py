@@ -61,10 +61,12 @@ class Call(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in, autocast considered."""
-        device = "cuda" if self.x.is_cuda else "cpu"
-        if self.x.dtype is not torch.float64 and torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        return self.x.dtype
+        return torch.get_autocast_dtype(self.x.device.type) if self.is_cast else self.x.dtype
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether autocast casts the tensors."""
+        return self.x.dtype is not torch.float64 and torch.is_autocast_enabled(self.x.device.type)
 
     @property
     def operator(self) -> str:
@@ -131,8 +133,11 @@ def _why_not_geometry(call: Call) -> str | None:
     if x.shape[1] != channels or x.numel() == 0 or not fits:
         return f"no convolution takes {tuple(x.shape)} with {tuple(weight.shape)}"
     for t in (weight, bias):
-        if t is not None and (t.device != x.device or (t.dtype is not x.dtype and call.dtype is x.dtype)):
+        if t is not None and (t.device != x.device or (t.dtype is not x.dtype and not call.is_cast)):
             return "the tensors are of several dtypes or devices"
+    channels_last = torch.channels_last
+    if x.is_contiguous() and not weight.is_contiguous() and not x.is_contiguous(memory_format=channels_last):
+        return "input and weight ask for different memory formats"
     return None
 
 

@@ -79,6 +79,8 @@ def _explain_block(block: torch.nn.Sequential, input: Tensor) -> Explanation:
     """The engine of a convolution and of what stands behind it."""
     from .nn._fused_convolution import call_of  # modules stand on functions, and functions on this package
 
+    if not isinstance(block, torch.nn.Sequential):
+        raise TypeError(f"explain: expected block as a Sequential, got {type(block).__name__}")
     conv, follower = [*block, None, None][:2]
     call = call_of(conv, follower, input)
     if isinstance(call, str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -13,6 +12,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
+
+from . import dispatch
+from ._graphs import Cuda, Eager, runner_on
 
 __all__ = ["GraphedStep", "graphed"]
 
@@ -41,7 +43,8 @@ def graphed(
     * the next call runs its Python once more, which only records, and then replays what was recorded;
     * every later call copies its tensors into those of the recording and replays. No Python of ``step`` runs any more.
 
-    Calls are told apart by the shapes, strides, dtypes and devices of tensors and by the values of all other arguments:
+    Calls are told apart by the shapes, strides, dtypes and devices of tensors, by the values of all other arguments, and by
+    what is around them of autocast, `torch.no_grad` and `fuseblock.backend`:
     each such kind has its own graph, up to ``max_graphs``, and all share one memory pool. So a penalty in every 16th step is
     an argument, and an alternating GAN step may be one graph or two::
 
@@ -80,8 +83,8 @@ def graphed(
     **Gradients**: with ``zero_grad(set_to_none=True)`` in the step they lie in the pool, and another graph of the pool may
     overwrite them after the step: read them inside (return their norm), keep ``zero_grad``, ``backward`` and
     ``optimizer.step`` in one step, and let no other step add to them (in the generator's, ``D.requires_grad_(False)``).
-    With ``set_to_none=False`` they stay where the first call put them. Whatever else a step leaves behind must be an
-    output or have existed before.
+    With ``set_to_none=False`` they stay where the first call put them, and an outer ``zero_grad`` that drops them is an
+    error. Whatever else a step leaves behind must be an output or have existed before.
 
     **Random numbers**: PyTorch's default generator goes on from replay to replay; others must be named in ``generators``.
 
@@ -95,7 +98,7 @@ def graphed(
         step: the function; arguments and results may be nested in tuples, lists and dicts.
         warmup: eager calls of each kind before it is captured, 2 or more.
         max_graphs: kinds of calls; more are an error, since each keeps memory.
-        device: where to capture; needed only if no argument is a tensor. Else the tensors' device.
+        device: where to capture, and where tensors must be then; needed only if no argument is a tensor.
         generators: CUDA random generators that the step draws from, besides the default one.
         pool: another graphed step to share memory with, on the same device; the two may not run at the same time.
 
@@ -138,7 +141,7 @@ class GraphedStep(Generic[_P, _R]):
         self._device = None if device is None else torch.device(device)
         self._generators = tuple(generators)
         self._pool = pool
-        self._runner: _Eager | _Cuda | None = None
+        self._runner: Eager | Cuda | None = None
         self._kinds: dict[Any, _Kind] = {}
 
     @property
@@ -157,19 +160,23 @@ class GraphedStep(Generic[_P, _R]):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         signature = tuple(map(_signature, leaves))
         runner = self._on(leaves)
-        kind = self._kinds.get((spec, signature, torch.is_grad_enabled()))
+        key = spec, signature, _modes(runner.device)
+        kind = self._kinds.get(key)
         if kind is None:
-            kind = self._new_kind(spec, signature, leaves)
+            kind = self._new_kind(key, leaves)
         kind.receive(leaves)
         if kind.replay is None and kind.calls < self._warmup:
+            # The last call is without hooks, which keep modules from running together as they will when captured.
             last = kind.calls == self._warmup - 1
-            with kind.watch.calls(runner.captures) if kind.calls == 0 else runner.checked(last):
+            with runner.checked() if last else kind.watch.calls(runner.captures):
                 runner.warm_up(kind.run)
             kind.watch.check_ddp(self._warmup)
             kind.calls += 1
         else:
             if kind.replay is None:
+                gradients = kind.watch.gradients() if runner.captures else {}
                 kind.replay = runner.capture(kind.run)
+                kind.watch.keep(gradients)
                 kind.watch.remember()
             kind.watch.check()
             kind.replay()
@@ -177,24 +184,35 @@ class GraphedStep(Generic[_P, _R]):
                 kind.watch.remember()  # the step itself has run, and may have changed it
         return kind.results()  # type: ignore[no-any-return]
 
-    def _on(self, leaves: list[Any]) -> _Eager | _Cuda:
+    def _on(self, leaves: list[Any]) -> Eager | Cuda:
         """What runs the step where its arguments are."""
         devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
         if len(devices) > 1:
             raise ValueError(f"graphed: expected tensors of one device, got {sorted(map(str, devices))}")
         if not devices and self._device is None:
             raise ValueError("graphed: no argument is a tensor: name the device, graphed(step, device=...)")
-        device = devices.pop() if devices else torch.empty(0, device=self._device).device
+        wanted = self._device
+        if wanted is not None and wanted.type == "cuda":
+            # Without one, the step runs eagerly where its tensors are.
+            wanted = torch.empty(0, device=wanted).device if torch.cuda.is_available() else None
+        device = devices.pop() if devices else wanted or torch.device("cpu")
+        if wanted is not None and device != wanted:
+            raise ValueError(
+                f"graphed: expected tensors on {wanted}, as given, got {device}: move them before the call"
+            )
         if self._runner is None:
-            owner = self._pool or self
+            owner: GraphedStep[..., Any] = self
+            while owner._pool is not None:
+                owner = owner._pool
             if owner._runner is None:
-                owner._runner = _runner(device, owner._generators)
+                owner._runner = runner_on(device, owner._generators)
             self._runner = owner._runner.shared(self._generators)
         if self._runner.device != device:
             raise ValueError(f"graphed: expected tensors on {self._runner.device}, as at first, got {device}")
         return self._runner
 
-    def _new_kind(self, spec: Any, signature: tuple[Any, ...], leaves: list[Any]) -> _Kind:
+    def _new_kind(self, key: tuple[Any, ...], leaves: list[Any]) -> _Kind:
+        spec, signature, _ = key
         for place, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 raise ValueError(
@@ -210,18 +228,25 @@ class GraphedStep(Generic[_P, _R]):
                 "drop_last=True) and numbers that vary (pass them as tensors) each take a graph."
             )
         kind = _Kind(self.step, spec, leaves)
-        self._kinds[spec, signature, torch.is_grad_enabled()] = kind
+        self._kinds[key] = kind
         return kind
 
 
 def _signature(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device
+        return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
     try:
         hash(leaf)
     except TypeError:
         raise TypeError(f"graphed: expected tensors and hashable values, got {type(leaf).__name__}") from None
     return type(leaf), leaf
+
+
+def _modes(device: torch.device) -> tuple[Any, ...]:
+    """What around a call changes what its step does."""
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else None
+    return torch.is_grad_enabled(), dtype, dispatch.forced()
 
 
 class _Kind:
@@ -259,9 +284,9 @@ class _Kind:
             raise RuntimeError(f"graphed: the step returned {spec}, before {self.output_spec}")
         tensors = [x.detach() for x in outputs if isinstance(x, Tensor)]
         kept = [x for x in self.outputs if isinstance(x, Tensor)]
-        if [x.shape for x in tensors] != [x.shape for x in kept]:
+        if [(x.shape, x.dtype) for x in tensors] != [(x.shape, x.dtype) for x in kept]:
             raise RuntimeError(
-                "graphed: the step returned tensors of other shapes than before, from inputs of the same"
+                "graphed: the step returned tensors of other shapes or dtypes than before, from inputs of the same"
             )
         self.outputs = [
             old if isinstance(old, Tensor) else new for old, new in zip(self.outputs, outputs, strict=True)
@@ -276,19 +301,21 @@ class _Kind:
 
 
 class _Watch:
-    """What the step's first call used, by PyTorch's global hooks, and its state that a recording holds for good."""
+    """What a step's warm-up used, by PyTorch's global hooks, and its state that a recording holds for good."""
 
     def __init__(self) -> None:
         self.modules: dict[nn.Module, None] = {}
         self.optimizers: dict[Optimizer, None] = {}
         self.state: dict[tuple[Any, ...], Any] = {}
+        self.kept: dict[tuple[Any, ...], Tensor] = {}
 
     @contextmanager
     def calls(self, captures: bool) -> Iterator[None]:
         """Note modules and optimizers of a call; refuse those that cannot be captured."""
 
         def module_runs(module: nn.Module, args: Any) -> None:
-            self.modules[module] = None
+            if not torch.compiler.is_compiling():  # a compiled module shows itself alone
+                self.modules.update(dict.fromkeys(module.modules()))
 
         def optimizer_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if captures and not all(group.get("capturable", True) for group in optimizer.param_groups):
@@ -312,6 +339,21 @@ class _Watch:
             raise ValueError(
                 f"graphed: DistributedDataParallel needs warmup of at least {_DDP_WARMUP}, got {warmup}"
             )
+
+    def gradients(self) -> dict[tuple[Any, ...], Tensor]:
+        """Those that there are, of all optimizers."""
+        return {
+            (optimizer, "group", g, "gradient", n): p.grad
+            for optimizer in self.optimizers
+            for g, group in enumerate(optimizer.param_groups)
+            for n, p in enumerate(group["params"])
+            if p.grad is not None
+        }
+
+    def keep(self, before: dict[tuple[Any, ...], Tensor]) -> None:
+        """Keep gradients that a capture found and left in place: the graph writes there."""
+        after = self.gradients()
+        self.kept = {key: grad for key, grad in before.items() if after.get(key) is grad}
 
     def remember(self) -> None:
         """Take the present state as the recording's."""
@@ -354,116 +396,11 @@ class _Watch:
             for p, state in enumerate(optimizer.state.values()):
                 for key, value in state.items():
                     yield (optimizer, "state", p, key), _held(value)
+        if self.kept:
+            present = self.gradients()
+            yield from ((key, _held(present.get(key))) for key in self.kept)
 
 
 def _held(value: Any) -> Any:
     """What a recording holds of a value: of a tensor the address."""
     return ("tensor at", value.data_ptr()) if isinstance(value, Tensor) else value
-
-
-def _runner(device: torch.device, generators: tuple[torch.Generator, ...]) -> _Eager | _Cuda:
-    if device.type != "cuda":
-        return _Eager(device)
-    return _Cuda(device, generators, torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
-
-
-class _Eager:
-    """Runs steps where there are no CUDA graphs."""
-
-    captures = False
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def shared(self, generators: tuple[torch.Generator, ...]) -> _Eager:
-        return self
-
-    @contextmanager
-    def checked(self, synchronizations: bool) -> Iterator[None]:
-        yield
-
-    def warm_up(self, run: Callable[[], None]) -> None:
-        run()
-
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        return run
-
-
-class _Cuda:
-    """Runs and captures steps on one side stream, into one memory pool, whose memory is used again on that stream alone."""
-
-    captures = True
-
-    def __init__(
-        self,
-        device: torch.device,
-        generators: tuple[torch.Generator, ...],
-        stream: torch.cuda.Stream,
-        pool: Any,
-    ) -> None:
-        self.device, self.generators, self.stream, self.pool = device, generators, stream, pool
-
-    def shared(self, generators: tuple[torch.Generator, ...]) -> _Cuda:
-        return _Cuda(self.device, generators, self.stream, self.pool)
-
-    @contextmanager
-    def checked(self, synchronizations: bool) -> Iterator[None]:
-        """Let waits for the GPU raise, naming the line."""
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error" if synchronizations else before)
-        try:
-            yield
-        except RuntimeError as error:
-            if "synchronizing" not in str(error):
-                raise
-            raise RuntimeError(f"graphed: the step waits for the GPU, {_where(error)}") from error
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-
-    def warm_up(self, run: Callable[[], None]) -> None:
-        with torch.cuda.device(self.device):
-            current = torch.cuda.current_stream()
-            self.stream.wait_stream(current)
-            with torch.cuda.stream(self.stream):
-                run()
-            current.wait_stream(self.stream)
-
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        _refuse_autocast()
-        graph = torch.cuda.CUDAGraph()
-        for generator in self.generators:
-            graph.register_generator_state(generator)
-        try:
-            # Other threads (a loader's that pins memory) go on meanwhile.
-            with (
-                torch.cuda.device(self.device),
-                torch.cuda.graph(
-                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-                ),
-            ):
-                run()
-        except Exception as error:
-            raise RuntimeError(
-                f"graphed: the step cannot be captured, {_where(error)}: {error}. Waits for the GPU, work on other "
-                "streams and generators that were not named cannot."
-            ) from error
-        return graph.replay
-
-
-def _refuse_autocast() -> None:
-    if torch.is_autocast_enabled("cuda") and torch.is_autocast_cache_enabled():
-        raise RuntimeError(
-            "graphed: autocast is on around the call, whose cache of cast weights would be part of the recording: enter it "
-            "inside of the step"
-        )
-
-
-def _where(error: BaseException) -> str:
-    """The line of the step that led to an error: the innermost that is neither PyTorch's nor ours."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if any(frame.filename.endswith("grad_scaler.py") for frame in frames):
-        return "in GradScaler: it needs an optimizer with fused=True (or bfloat16, which needs no scaler)"
-    foreign = [frame for frame in frames if "/torch/" not in frame.filename and frame.filename != __file__]
-    if not foreign:
-        return "in a backward"
-    return f"at {foreign[-1].filename}:{foreign[-1].lineno}: {foreign[-1].line}"

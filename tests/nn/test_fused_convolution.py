@@ -122,12 +122,16 @@ def test_residual_blocks(ran: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("triton")
-def test_autocast_and_16_bit_layers() -> None:
+def test_autocast(ran: list[str]) -> None:
+    """Also behind the first block, where the input has 16 bits already and weights have not."""
     torch.manual_seed(0)
-    block = fuseblock.nn.Conv2dBlock(3, 4, 4, 2, 1).to(DEVICE)
+    block = fuseblock.nn.Sequential(
+        *fuseblock.nn.Conv2dBlock(3, 4, 4, 2, 1), *fuseblock.nn.Conv2dBlock(4, 4, 3, 1, 1)
+    ).to(DEVICE)
     x = torch.randn(2, 3, 8, 8, device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
         y = block(x)
+    assert ran == ["conv2d_stats", "conv2d_stats"]
     y.float().sum().backward()
     assert y.dtype is torch.bfloat16
     assert block[0].weight.grad.dtype is torch.float32

@@ -12,9 +12,10 @@ from torch import Tensor
 from fuseblock._activations import NAMES
 
 from ..backends import Forced
-from . import test_batch_norm_act as norm
+from . import batch_norm_act_cases as norm
 from . import test_bias_act as bias_act
 from .bounds import Orders, poisoned_outputs
+from .test_batch_norm_act import test_values_and_derivatives as check_batch_norm
 
 CHANNELS, IMAGES, BATCHES = (1, 3, 5, 96, 100), ((1, 1), (5, 7), (33, 31)), (1, 3)
 #: (shape, whether the channels are last, activation, dtype): every size in both layouts; the others in turn.
@@ -47,7 +48,7 @@ def test_batch_norm(
 ) -> None:
     values = math.prod(shape) // shape[1]
     case = norm.Case(shape, activation, values % 2 == 1, last, training=values > 1)
-    norm.test_values_and_derivatives(forced, case, dtype)
+    check_batch_norm(forced, case, dtype)
 
 
 @pytest.mark.parametrize(("shape", "last", "activation", "dtype"), CASES, ids=str)

@@ -25,7 +25,7 @@ def instance_norm_act(
         y = act(weight (x - mean) / sqrt(var + eps) + bias)
 
     with mean and (biased) var over the pixels of every sample and channel, in float32 (float64 for float64). Contiguous and
-    channels-last input is not copied, but for channels-last on the backend ``cuda``, which is not chosen for it.
+    channels-last input is not copied.
 
     Args:
         x: (N, C, ...), contiguous or channels-last, which y keeps; other layouts are copied.

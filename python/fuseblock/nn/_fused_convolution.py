@@ -19,7 +19,7 @@ from .norm_act import BatchNormAct2d, joins
 def call_of(conv: Any, follower: torch.nn.Module | None, x: Tensor) -> Call | str:
     """What conv and the module behind it may run together, or the reason why they run apart."""
     if type(conv) not in (Conv2d, ConvTranspose2d):
-        return "no convolution of two dimensions"
+        return f"{type(conv).__name__} is no convolution of two dimensions of this package (`fuse` swaps PyTorch's)"
     if conv._forward_pre_hooks or shows_output(conv):
         return "somebody sees what the convolution takes or returns"
     if follower is None or unusual(follower):
