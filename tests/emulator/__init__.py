@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -85,7 +86,8 @@ def _module(op: str, binding: str, variant: str, defines: tuple[str, ...] = ()) 
 
 
 def _import(name: str, path: os.PathLike[str]) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
+    # pybind11 gives what it has loaded under the same name before, whatever the path: variants need names of their own.
+    spec = importlib.util.spec_from_file_location(f"{Path(path).parent.name}.{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
