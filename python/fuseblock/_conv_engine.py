@@ -61,12 +61,17 @@ class Call(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in, autocast considered."""
-        return torch.get_autocast_dtype(self.x.device.type) if self.is_cast else self.x.dtype
+        return torch.get_autocast_dtype(self._autocasts) if self.is_cast else self.x.dtype
 
     @property
     def is_cast(self) -> bool:
         """Whether autocast casts the tensors."""
-        return self.x.dtype is not torch.float64 and torch.is_autocast_enabled(self.x.device.type)
+        return self.x.dtype is not torch.float64 and torch.is_autocast_enabled(self._autocasts)
+
+    @property
+    def _autocasts(self) -> str:
+        """The device whose autocast counts: tensors without memory have none."""
+        return "cuda" if self.x.is_cuda else "cpu"
 
     @property
     def operator(self) -> str:
