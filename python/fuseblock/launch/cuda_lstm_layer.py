@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._recompute import LayerWeights
-from .resident_recurrence import TIERS, _contiguous, _padded, _with_near_rows, gpu_of
+from .resident_recurrence import TIERS, contiguous, gpu_of, padded_rows, with_near_rows
 
 #: Columns of x at most, as in csrc/cuda/lstm_recurrence_block.h.
 LARGEST_INPUT = 32
@@ -69,13 +69,13 @@ def lstm_layer(
     c = c0.new_empty(y.shape if save_state else (0,))
     w_hh = own[0][1].unsqueeze(0) if directions == 1 else torch.stack([w[1] for w in own])
     kernel(
-        _with_near_rows(x),
+        with_near_rows(x),
         [w[0].contiguous() for w in own],
         [b.contiguous() for w in own for b in w[2:4] if b is not None],
         h0.contiguous(),
         c0.contiguous(),
-        _padded(w_hh),
-        _contiguous(lengths),
+        padded_rows(w_hh),
+        contiguous(lengths),
         y,
         h_n,
         c_n,

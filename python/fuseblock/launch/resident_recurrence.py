@@ -151,17 +151,18 @@ class ResidentKernels(Protocol):
     # launches would be refused.
 
 
-def _with_near_rows(x: Tensor) -> Tensor:
+def with_near_rows(x: Tensor) -> Tensor:
     """X (T, B, columns) with contiguous columns, the rows of a slice within 32-bit offsets."""
     near = 0 <= x.stride(1) <= _LARGEST_ROW_STRIDE and x.stride(0) >= 0
     return x if near and (x.stride(2) == 1 or x.shape[2] == 1) else x.contiguous()
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """An operand, if it is there, in one piece."""
     return None if x is None else x.contiguous()
 
 
-def _padded(w_hh: Tensor) -> Tensor:
+def padded_rows(w_hh: Tensor) -> Tensor:
     """w_hh with rows of a multiple of 8 columns, at a multiple of 16 bytes."""
     missing = -w_hh.shape[2] % 8
     padded = (pad(w_hh, (0, missing)) if missing else w_hh).contiguous()
@@ -203,11 +204,11 @@ def lstm_recurrence(
     gates = gx.new_empty(gx.shape if save_state else (0,))
     c = c0.new_empty(y.shape if save_state else (0,))
     kernels.fwd(
-        _with_near_rows(gx),
+        with_near_rows(gx),
         h0.contiguous(),
         c0.contiguous(),
-        _padded(w_hh),
-        _contiguous(lengths),
+        padded_rows(w_hh),
+        contiguous(lengths),
         y,
         h_n,
         c_n,
@@ -238,16 +239,16 @@ def lstm_recurrence_bwd(
     """Op `lstm_recurrence_bwd`: (dgx, dh0, dc0, dh); dh is empty."""
     dgx, dh0, dc0 = gates.new_empty(gates.shape), gates.new_empty(c0.shape), c0.new_empty(c0.shape)
     kernels.bwd(
-        None if dy is None else _with_near_rows(dy),
-        _contiguous(dh_n),
-        _contiguous(dc_n),
-        _contiguous(d_gates),
-        _contiguous(d_c),
+        None if dy is None else with_near_rows(dy),
+        contiguous(dh_n),
+        contiguous(dc_n),
+        contiguous(d_gates),
+        contiguous(d_c),
         gates.contiguous(),
         c.contiguous(),
         c0.contiguous(),
-        _padded(w_hh),
-        _contiguous(lengths),
+        padded_rows(w_hh),
+        contiguous(lengths),
         dgx,
         dh0,
         dc0,
