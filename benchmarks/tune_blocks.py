@@ -6,7 +6,6 @@ the kernels of ours against each other.
 from __future__ import annotations
 
 import copy
-import fnmatch
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 import fuseblock
 from benchmarks.parity import Results
 from benchmarks.tune_passes import OperatorQuestion
-from benchmarks.tune_questions import PRECISIONS, Contest, Question, Rival
+from benchmarks.tune_questions import PRECISIONS, Contest, Question, Rival, is_named, keyed
 from fuseblock import _conv_engine, _tables
 from fuseblock.nn._fused_convolution import call_of
 
@@ -237,23 +236,21 @@ def questions(
     precisions: Iterable[str], patterns: list[str] | None = None
 ) -> list[tuple[Question, dict[str, Any]]]:
     """The questions with their keys, no key twice; arguments as in `tune_questions.questions`."""
-    found: dict[Any, tuple[Question, dict[str, Any]]] = {}
+    return keyed(_questions(precisions, patterns))
+
+
+def _questions(precisions: Iterable[str], patterns: list[str] | None) -> Iterator[Question]:
     spread = [case for case in spread_cases() if case.elements <= _ELEMENTS]
     both = [replace(case, channels_last=last) for case in CASES for last in (True, False)]
+    # For a convolution PyTorch's setting of matrix products says nothing.
+    precisions = [p for p in precisions if p != "tf32"]
     for group in (both, spread):
-        named = [c for c in group if not patterns or any(fnmatch.fnmatch(c.name, p) for p in patterns)]
-        # For a convolution PyTorch's setting of matrix products says nothing.
-        for precision in (p for p in precisions if p != "tf32"):
+        named = [case for case in group if is_named(case.name, patterns)]
+        for precision in precisions:
             for case in named:
                 # Only there they have a choice (`fuseblock.launch.triton_conv_stats.why_not_tall`).
                 if PRECISIONS[precision][0].itemsize == 2 and case.channels_last:
-                    kernels = _kernels(case, precision)
-                    key = kernels.key()
-                    found.setdefault((kernels.op, frozenset(key.items())), (kernels, key))
+                    yield _kernels(case, precision)
             for case in named:
                 for mode in ("train", "forward"):
-                    op = "conv_norm_act" if case.norm else "conv_act"
-                    question = BlockQuestion(op, case, mode, precision)
-                    key = question.key()
-                    found.setdefault((op, frozenset(key.items())), (question, key))
-    return list(found.values())
+                    yield BlockQuestion("conv_norm_act" if case.norm else "conv_act", case, mode, precision)

@@ -4,7 +4,6 @@ same launch (``fused``) or by a GEMM before the recurrence (``apart``), see `fus
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor
 from benchmarks import cases, workloads
 from benchmarks.cases import Case
 from benchmarks.parity import Results
-from benchmarks.tune_questions import PRECISIONS, Contest, Question, Rival
+from benchmarks.tune_questions import PRECISIONS, Contest, Question, Rival, is_named, keyed
 from fuseblock import _fused_layer, _stack, _tables
 from fuseblock._library import state_dtype
 from fuseblock._recompute import LayerWeights
@@ -115,16 +114,15 @@ def questions(
     precisions: Iterable[str], patterns: list[str] | None = None
 ) -> list[tuple[Question, dict[str, Any]]]:
     """The questions with their keys, no key twice; arguments as in `tune_questions.questions`."""
-    found: dict[Any, tuple[Question, dict[str, Any]]] = {}
     named = [
         replace(case, time=min(case.time, _tables.STEADY_STEPS))
         for case in (*cases.CASES, *spread_cases())
-        if not patterns or any(fnmatch.fnmatch(case.name, p) for p in patterns)
+        if is_named(case.name, patterns)
     ]
-    for precision in precisions:
-        for case in (case for case in named if _can_fuse(case, PRECISIONS[precision][0])):
-            for mode in ("forward", "train"):
-                question = LayerQuestion("lstm_layer", case, mode, precision)
-                key = question.key()
-                found.setdefault(frozenset(key.items()), (question, key))
-    return list(found.values())
+    return keyed(
+        LayerQuestion("lstm_layer", case, mode, precision)
+        for precision in precisions
+        for case in named
+        if _can_fuse(case, PRECISIONS[precision][0])
+        for mode in ("forward", "train")
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.parity import Results
-from benchmarks.tune_questions import Contest, Question, Rival
+from benchmarks.tune_questions import Contest, Question, Rival, is_named, keyed
 from fuseblock import _tables, dispatch
 from fuseblock._activations import number
 from fuseblock._library import state_dtype
@@ -206,12 +205,7 @@ def questions(
     precisions: Iterable[str], patterns: list[str] | None = None
 ) -> list[tuple[Question, dict[str, Any]]]:
     """The questions with their keys, no key twice; arguments as in `tune_questions.questions`."""
-    found: dict[Any, tuple[Question, dict[str, Any]]] = {}
-    cases = [c for c in spread_cases() if not patterns or any(fnmatch.fnmatch(c.name, p) for p in patterns)]
+    cases = [case for case in spread_cases() if is_named(case.name, patterns)]
     # There are no products here that a setting would round.
-    for precision in (p for p in precisions if p not in ("tf32", "ieee")):
-        for case in cases:
-            question = PassQuestion(case.op, case, "train", precision)
-            key = question.key()
-            found.setdefault((case.op, frozenset(key.items())), (question, key))
-    return list(found.values())
+    plain = [p for p in precisions if p not in ("tf32", "ieee")]
+    return keyed(PassQuestion(case.op, case, "train", precision) for precision in plain for case in cases)

@@ -274,24 +274,38 @@ def questions(
         patterns: globs over the names of cases; None means all.
         available: groups of cases.
     """
-    found: dict[tuple[str, frozenset[tuple[str, Any]]], tuple[Question, dict[str, Any]]] = {}
-    precisions = list(precisions)
+    return keyed(_questions(list(precisions), patterns, available))
+
+
+def _questions(
+    precisions: list[str], patterns: list[str] | None, available: tuple[tuple[Case, ...], ...]
+) -> Iterator[Question]:
     for group in available:
         chosen = [
             # Beyond this, time is proportional to steps.
             replace(case, time=min(case.time, _tables.STEADY_STEPS))
             for case in group
-            if not case.cell and (not patterns or any(fnmatch.fnmatch(case.name, p) for p in patterns))
+            if not case.cell and is_named(case.name, patterns)
         ]
         for precision in precisions:
             for op in OPS:
                 for case in chosen:
                     for mode in ("forward", "train"):
-                        if not _asked(op, case, mode):
-                            continue
-                        question = Question(op, case, mode, precision)
-                        key = question.key()
-                        found.setdefault((op, frozenset(key.items())), (question, key))
+                        if _asked(op, case, mode):
+                            yield Question(op, case, mode, precision)
+
+
+def is_named(name: str, patterns: list[str] | None) -> bool:
+    """Whether one of the globs, if there are any, is for that case."""
+    return not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def keyed(asked: Iterable[Question]) -> list[tuple[Question, dict[str, Any]]]:
+    """Questions with their keys: of those of an operator with the same key, the first."""
+    found: dict[tuple[str, frozenset[tuple[str, Any]]], tuple[Question, dict[str, Any]]] = {}
+    for question in asked:
+        key = question.key()
+        found.setdefault((question.op, frozenset(key.items())), (question, key))
     return list(found.values())
 
 
