@@ -309,7 +309,10 @@ def _compile(jobs: list[dict[str, Any]], tmp_path: Path) -> list[dict[str, Any]]
     return json.loads(run.stdout)
 
 
-def _check(jobs: list[dict[str, Any]], tmp_path: Path, record: Any) -> None:
+def compile_without_spills(
+    jobs: list[dict[str, Any]], tmp_path: Path, record: Any
+) -> tuple[list[dict[str, Any]], str]:
+    """What each job gave, and a report of all, which is recorded."""
     results = _compile(jobs, tmp_path)
     assert [r["name"] for r in results] == [j["name"] for j in jobs]
     report = "\n".join(
@@ -319,6 +322,11 @@ def _check(jobs: list[dict[str, Any]], tmp_path: Path, record: Any) -> None:
     record("triton_resources", report)
     spilling = [r["name"] for r in results if r["stack"] > 0]
     assert not spilling, f"spilling: {spilling}\n{report}"
+    return results, report
+
+
+def _check(jobs: list[dict[str, Any]], tmp_path: Path, record: Any) -> None:
+    results, report = compile_without_spills(jobs, tmp_path, record)
     for job, result in zip(jobs, results, strict=True):
         assert result["shared"] <= job["shared"] <= SHARED_LIMIT[job["arch"]], report
         # Alignment must reach the memory instructions, through masks and strides.
