@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from benchmarks.parity import Results
-from benchmarks.tune_questions import Contest, Question, Rival, is_named, keyed
+from benchmarks.tune_questions import Contest, Question, Rival, able, is_named, keyed
 from fuseblock import _tables, dispatch
 from fuseblock._activations import number
 from fuseblock._library import state_dtype
@@ -88,14 +90,23 @@ class OperatorQuestion(Question):
         with self.settings():
             return _tables.plain_key(asked.key(self.args("meta", 0)))
 
+    def labels(self, device: str) -> list[str]:
+        """Who would take part, in the order of the plain rule."""
+
+        def placed(a: Any) -> Any:
+            is_tensor = isinstance(a, Tensor)
+            return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=device) if is_tensor else a
+
+        with self.settings():
+            on_meta = self.args("meta", 0)
+            with FakeTensorMode():  # no memory for tensors that nobody reads
+                return [c.label for c in able(self.op, tree_map(placed, on_meta))]
+
     def contest(self, device: str, seed: int) -> Contest:
         """The rivals on tensors of a device."""
         args = self.args(device, seed)
-        able = [c for c in dispatch.candidates(self.op) if c.why_not(*args) is None]
-        equations = next(c for c in able if c.name == "reference")
-        # The equations are what runs where nothing else can, and slow.
-        able = [c for c in able if c is not equations] or able
-        rivals = {c.label: Rival(partial(self._named, c.run, args)) for c in able}
+        equations = next(c for c in dispatch.candidates(self.op) if c.name == "reference")
+        rivals = {c.label: Rival(partial(self._named, c.run, args)) for c in able(self.op, args)}
         exact = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
         reference, stock = self._named(equations.run, exact), self._named(equations.run, args)
         return Contest(rivals, reference, stock, self.dtype, self.terms)

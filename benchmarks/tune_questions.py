@@ -146,7 +146,7 @@ class Question:
             args = self._forward_args(device, seed=None)
             if self.op == "lstm_recurrence_bwd":
                 args = self._backward_args(args, args[0], args[2])
-            return [c.label for c in _able(self.op, args)]
+            return [c.label for c in able(self.op, args)]
 
     def within(self) -> list[Question]:
         """Of a stack: what the choice of its backends asks."""
@@ -182,7 +182,7 @@ class Question:
         if self.op == "lstm_recurrence_bwd":
             *_, gates, c = _equations("lstm_recurrence")(*args)
             args = self._backward_args(args, gates, c)
-        runs = {c.label: c.run for c in _able(self.op, args) if c.run is not None}
+        runs = {c.label: c.run for c in able(self.op, args) if c.run is not None}
         rivals = {label: Rival(partial(_named, self.op, run, args)) for label, run in runs.items()}
         exact = [_double(x) for x in args]
         equations = _equations(self.op)
@@ -234,7 +234,7 @@ def _equations(op: str) -> Callable[..., Any]:
     return run
 
 
-def _able(op: str, args: tuple[Any, ...]) -> list[dispatch.Candidate]:
+def able(op: str, args: tuple[Any, ...]) -> list[dispatch.Candidate]:
     """Who can run it; the equations, which are slow, where nobody else can."""
     able = [c for c in dispatch.candidates(op) if c.why_not(*args) is None]
     return [c for c in able if c.name != "reference"] or able

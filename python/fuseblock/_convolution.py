@@ -38,7 +38,7 @@ class Geometry(NamedTuple):
     groups: int
 
 
-def check_devices(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_devices(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     """Raise RuntimeError where the tensors are not on one device: PyTorch's convolution takes meta tensors beside others
     and returns memory that nobody has written.
     """

@@ -185,6 +185,18 @@ def test_weight_wrappers() -> None:
     check_against_stock(stock, ours, (x,))
 
 
+@pytest.mark.parametrize("stock_class", STOCK)
+def test_parametrized_weights_are_made_once_a_forward(stock_class: type) -> None:
+    """Spectral norm iterates whenever its weight is read."""
+    stock, ours = twins(stock_class, 3, 4, 3)
+    for module in (stock, ours):
+        torch.manual_seed(0)
+        torch.nn.utils.parametrizations.spectral_norm(module)
+    x = torch.randn(2, 3, 9, 9) if "2d" in stock_class.__name__ else torch.randn(2, 3, 9)
+    torch.testing.assert_close(ours(x), stock(x))
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(stock.named_buffers()))
+
+
 def test_per_sample_gradients() -> None:
     _, ours = twins(torch.nn.Conv2d, 3, 4, 3)
     parameters = {name: p.detach() for name, p in ours.named_parameters()}

@@ -8,6 +8,11 @@ from torch import Tensor
 from .._convolution import check_devices, with_second_order
 
 
+def _own(conv: torch.nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias where they are parameters: what a parametrization makes of others, it makes at every reading."""
+    return conv._parameters.get("weight"), conv._parameters.get("bias")
+
+
 class Conv1d(torch.nn.Conv1d):
     """A drop-in replacement of `torch.nn.Conv1d`; what differs is said in `Conv2d`.
 
@@ -50,7 +55,7 @@ class ConvTranspose1d(torch.nn.ConvTranspose1d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The transposed convolution; ``output_size`` resolves its ambiguous size, as in `torch.nn`."""
-        check_devices(input, self.weight, self.bias)
+        check_devices(input, *_own(self))
         return with_second_order(super().forward(input, output_size))
 
 
@@ -62,5 +67,5 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The transposed convolution; ``output_size`` resolves its ambiguous size, as in `torch.nn`."""
-        check_devices(input, self.weight, self.bias)
+        check_devices(input, *_own(self))
         return with_second_order(super().forward(input, output_size))
