@@ -77,9 +77,9 @@ def _module(op: str, binding: str, variant: str, defines: tuple[str, ...] = ()) 
     """The launchers of csrc/cuda/<op>*.cu as a Python module of their own: one emulator each."""
     kernels = ROOT / "csrc" / "cuda"
     # A copy of the project that holds mutants chooses among them in a file of its own.
-    sources = [_HERE / binding, *sorted(kernels.glob(f"{op}*.cu")), *kernels.glob("mutants.cu")]
+    sources = [*sorted(kernels.glob(f"{op}*.cu")), *kernels.glob("mutants.cu")]
     try:
-        path = build(f"emulated_{op}", sources, module=True, variant=variant, defines=defines)
+        path = build(f"emulated_{op}", sources, binding=_HERE / binding, variant=variant, defines=defines)
     except Unavailable as reason:
         pytest.skip(f"the CUDA emulator cannot be built: {reason}")
     return _import(f"emulated_{op}", path)

@@ -65,9 +65,14 @@ def _digest(parts: Sequence[str], files: Sequence[Path]) -> str:
 
 
 def build(
-    name: str, sources: Sequence[Path], *, module: bool, variant: str = "plain", defines: Sequence[str] = ()
+    name: str,
+    sources: Sequence[Path],
+    *,
+    binding: Path | None = None,
+    variant: str = "plain",
+    defines: Sequence[str] = (),
 ) -> Path:
-    """Compile sources and runtime into a Python module or a program called ``name``; its path.
+    """Compile sources and runtime into a program called ``name``, or with a binding into a Python module; its path.
 
     Raises:
         Unavailable: no g++, no CUDA headers or, for modules, no pybind11.
@@ -80,23 +85,32 @@ def build(
     common = [gxx, "-std=c++20", "-fPIC", "-Wall", "-Wno-unknown-pragmas", f"-isystem{_cuda_include()}"]
     common += [f"-I{ROOT / 'csrc'}", f"-I{RUNTIME}"]
     kernel = [*common, *kernel_flags, "-DFUSEBLOCK_EMULATE_CUDA", *(f"-D{define}" for define in defines)]
-    if module:
+    runtime = [*common, "-O2", *runtime_flags]
+    commands = [(kernel, file) for file in sources]
+    commands += [(runtime, file) for file in sorted(RUNTIME.glob("*.cpp"))]
+    if binding is not None:
         try:
             import pybind11
         except ImportError as error:
             raise Unavailable("pybind11 is not installed") from error
-        python = sysconfig.get_path("include")
-        kernel += ["-fvisibility=hidden", f"-isystem{pybind11.get_include()}", f"-isystem{python}"]
-    runtime = [*common, "-O2", *runtime_flags]
+        kernel.append("-fvisibility=hidden")
+        # It holds no kernels: without optimisation and instruments it takes half the time, and serves all variants.
+        headers = (pybind11.get_include(), sysconfig.get_path("include"))
+        host = [*common, "-O0", "-fvisibility=hidden", "-DFUSEBLOCK_EMULATE_CUDA"]
+        host += [*(f"-D{define}" for define in defines), *(f"-isystem{folder}" for folder in headers)]
+        # Last: of an inline function in several objects, the linker takes the first.
+        commands.append((host, binding))
 
-    rooms = {ROOT / "csrc" / "cuda", ROOT / "csrc" / "math", RUNTIME, *(source.parent for source in sources)}
+    files = [file for _, file in commands]
+    rooms = {ROOT / "csrc" / "cuda", ROOT / "csrc" / "math", *(file.parent for file in files)}
 
     def current() -> Path:
-        files = sorted(file for room in rooms for file in room.glob("*.[hc]*"))
-        return CACHE / f"{name}-{variant}-{_digest([*kernel, *runtime, *map(str, sources)], files)}"
+        around = sorted(file for room in rooms for file in room.glob("*.[hc]*"))
+        parts = [word for command, file in commands for word in (*command, str(file))]
+        return CACHE / f"{name}-{variant}-{_digest(parts, around)}"
 
     folder = current()
-    suffix = sysconfig.get_config_var("EXT_SUFFIX") if module else ""
+    suffix = "" if binding is None else sysconfig.get_config_var("EXT_SUFFIX")
     target = folder / f"{name}{suffix}"
     OBJECTS.mkdir(parents=True, exist_ok=True)
     folder.mkdir(exist_ok=True)
@@ -106,18 +120,16 @@ def build(
         if target.exists():
             return target
         _prune()
-        commands = [(kernel, file) for file in sources]
-        commands += [(runtime, file) for file in sorted(RUNTIME.glob("*.cpp"))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             texts = list(pool.map(lambda pair: _run([*pair[0], "-x", "c++", "-E", str(pair[1])]), commands))
             if current() != folder:  # edited since its name was made
-                return build(name, sources, module=module, variant=variant, defines=defines)
+                return build(name, sources, binding=binding, variant=variant, defines=defines)
             objects = list(pool.map(lambda pair, text: _compile(pair[0], text), commands, texts))
         sanitize = [flag for flag in kernel_flags if flag.startswith("-fsanitize") and variant != "counted"]
         link = [
             gxx,
             # The emulated CUDA runtime of this module wins over a real one that torch may have loaded.
-            *(["-shared", "-Wl,-Bsymbolic"] if module else []),
+            *([] if binding is None else ["-shared", "-Wl,-Bsymbolic"]),
             *sanitize,
             *objects,
             "-lpthread",
@@ -131,6 +143,8 @@ def build(
 
 def _compile(command: list[str], text: str) -> str:
     """The object of a preprocessed source. Whoever compiles the same at the same time puts the same in its place."""
+    # What only the preprocessor reads would give the same object other names.
+    command = [word for word in command if not word.startswith(("-D", "-I", "-isystem"))]
     target = OBJECTS / f"{hashlib.sha256(chr(0).join([*command, text]).encode()).hexdigest()[:16]}.o"
     if target.exists():
         os.utime(target)

@@ -18,7 +18,7 @@ def program(variant: str) -> Path:
     try:
         # A copy of the project that holds mutants chooses among them in a file of its own.
         sources = [*sorted(SELF_TEST.glob("*.c*")), *(ROOT / "csrc" / "cuda").glob("mutants.cu")]
-        return build("self_test", sources, module=False, variant=variant)
+        return build("self_test", sources, variant=variant)
     except Unavailable as reason:
         pytest.skip(f"the CUDA emulator cannot be built: {reason}")
 

@@ -34,9 +34,9 @@ CASES = [
 @pytest.fixture(scope="module")
 def emulated():
     """(library, module that controls the emulator)."""
-    sources = [ROOT / "tests" / "emulator" / "binding_micro.cpp", *library.SOURCES]
+    binding = ROOT / "tests" / "emulator" / "binding_micro.cpp"
     try:
-        path = build("emulated_micro", sources, module=True)
+        path = build("emulated_micro", library.SOURCES, binding=binding)
     except Unavailable as reason:
         pytest.skip(f"the CUDA emulator cannot be built: {reason}")
     module = _import("emulated_micro", path)
