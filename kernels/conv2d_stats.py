@@ -2,18 +2,22 @@
 
 a = act_before(scale[c] x + shift[c]), or x;  y = act(z), z[p, o] = bias[o] + sum_{i,j,c} a[pixel(p,i,j), c] w[i, j, c, o]
 mean[o], var[o] of y over all p (biased). Zeros around the image are zeros of a. With groups, c and o are of one group.
+Where z is the gradient of act(n), n = w_n xhat + b_n a norm of x_n, xhat = (x_n - mean) invstd: y = G = z act'(n), and
+the sums of G and G xhat, of which the norm's backward makes its coefficients (batch_norm_act.py).
 An implicit matrix product: rows p are output pixels, the inner dimension is the channels, one tap after the other in nested
 static loops (a single flattened loop over taps and channels miscompiles with 8 warps); of few channels, a row of taps.
 Accumulates in float32 (float64); a is rounded to x's dtype. Statistics are of y as it is stored: programs write mean and sum
 of squared deviations of their pixels, a second kernel combines them in a fixed order (Chan, Golub, LeVeque 1979).
 Bytes: x once (read once a tap, but for the first time from cache), w once, y once, partials 8 / BLOCK_M a value of y. Saved:
-by the prologue a pass that reads and writes x, by the activation the same of y, by the statistics one that reads y.
+by the prologue a pass that reads and writes x, by the activation the same of y, by the statistics one that reads y. In a
+norm's backward: x_n once more, which is of the size of y; saved is the pass that reads y and x_n for the sums.
 """
 
 import triton
 import triton.language as tl
 
-from .pointwise import act
+from .channel_tiles import load_channels
+from .pointwise import act, act_grad
 
 
 @triton.jit
@@ -31,11 +35,29 @@ def normalised(
 
 
 @triton.jit
-def store_partial(ptr, row, rows, o, valid, channels, mean, m2):
-    """Write mean and squared deviations of one program to row `row` of ptr (2, rows, channels)."""
+def standardised(x, o, valid, mean_ptr, invstd_ptr, DTYPE: tl.constexpr):
+    """Of a tile (pixels, channels o) of a norm's input: (x - mean) invstd."""
+    mean = load_channels(mean_ptr, o, valid, 0.0, DTYPE)[None, :]
+    invstd = load_channels(invstd_ptr, o, valid, 1.0, DTYPE)[None, :]
+    return (x.to(DTYPE) - mean) * invstd
+
+
+@triton.jit
+def through_act(
+    dy, xhat, o, valid, weight_ptr, bias_ptr, DTYPE: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr
+):
+    """The gradient of a norm's result from that of the activation behind it."""
+    weight = load_channels(weight_ptr, o, valid, 1.0, DTYPE)[None, :]
+    bias = load_channels(bias_ptr, o, valid, 0.0, DTYPE)[None, :]
+    return dy * act_grad(xhat * weight + bias, SLOPE, ACT)
+
+
+@triton.jit
+def store_partial(ptr, row, rows, o, valid, channels, first, second):
+    """Write two numbers per channel of one program to row `row` of ptr (2, rows, channels)."""
     offset = row.to(tl.int64) * channels + o
-    tl.store(ptr + offset, mean, mask=valid)
-    tl.store(ptr + rows.to(tl.int64) * channels + offset, m2, mask=valid)
+    tl.store(ptr + offset, first, mask=valid)
+    tl.store(ptr + rows.to(tl.int64) * channels + offset, second, mask=valid)
 
 
 @triton.jit
@@ -46,7 +68,12 @@ def conv2d_stats_fwd_kernel(
     scale_ptr,  # (C,) or None: no prologue
     shift_ptr,  # (C,) or None
     y_ptr,  # out (N, O, OH, OW), layout of x
-    partial_ptr,  # out (2, blocks of pixels, O): mean, squared deviations; or None: no statistics
+    partial_ptr,  # out (2, blocks of pixels, O): mean, squared deviations; or sums of a norm's backward; or None
+    norm_x_ptr,  # like y: the norm's input, of whose backward this is a part; or None
+    mean_ptr,  # (O,) of the norm, or None
+    invstd_ptr,  # (O,) of the norm, or None
+    norm_weight_ptr,  # (O,) or None
+    norm_bias_ptr,  # (O,) or None
     pixels,  # N * OH * OW
     groups,
     channels,  # of a group, C / groups
@@ -121,20 +148,31 @@ def conv2d_stats_fwd_kernel(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + o, mask=is_o, other=0.0).to(DTYPE)[None, :]
 
-    y = act(acc, SLOPE, ACT).to(y_ptr.dtype.element_ty)
     outputs = image.to(tl.int64) * all_out * out_height * out_width
     if CHANNELS_LAST:
-        y_ptrs = y_ptr + (outputs + place * all_out)[:, None] + o[None, :]
+        offsets = (outputs + place * all_out)[:, None] + o[None, :]
     else:
-        y_ptrs = y_ptr + (outputs + place)[:, None] + (o * out_height * out_width)[None, :]
-    tl.store(y_ptrs, y, mask=inside[:, None] & is_o[None, :])
+        offsets = (outputs + place)[:, None] + (o * out_height * out_width)[None, :]
+    mask = inside[:, None] & is_o[None, :]
+    if norm_x_ptr is None:
+        y = act(acc, SLOPE, ACT).to(y_ptr.dtype.element_ty)
+    else:
+        norm_x = tl.load(norm_x_ptr + offsets, mask=mask, other=0.0)
+        xhat = standardised(norm_x, o, is_o, mean_ptr, invstd_ptr, DTYPE)
+        y = through_act(acc, xhat, o, is_o, norm_weight_ptr, norm_bias_ptr, DTYPE, ACT, SLOPE)
+        y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offsets, y, mask=mask)
 
     if partial_ptr is not None:
         stored = tl.where(inside[:, None], y.to(DTYPE), 0.0)
-        mean = tl.sum(stored, 0) / tl.minimum(pixels - block * BLOCK_M, BLOCK_M).to(DTYPE)
-        deviation = tl.where(inside[:, None], stored - mean[None, :], 0.0)
-        m2 = tl.sum(deviation * deviation, 0)
-        store_partial(partial_ptr, block, tl.cdiv(pixels, BLOCK_M), o, is_o, all_out, mean, m2)
+        if norm_x_ptr is None:
+            first = tl.sum(stored, 0) / tl.minimum(pixels - block * BLOCK_M, BLOCK_M).to(DTYPE)
+            deviation = tl.where(inside[:, None], stored - first[None, :], 0.0)
+            second = tl.sum(deviation * deviation, 0)
+        else:
+            first = tl.sum(stored, 0)
+            second = tl.sum(stored * xhat, 0)
+        store_partial(partial_ptr, block, tl.cdiv(pixels, BLOCK_M), o, is_o, all_out, first, second)
 
 
 @triton.jit

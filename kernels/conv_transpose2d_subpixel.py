@@ -4,14 +4,14 @@ y[2i + a, 2j + b, o] = bias[o] + sum over rows (i, tap 1 + a), (i - 1 + 2a, tap 
 (j - 1 + 2b, tap 3 - 3b), and over channels c, of x[row, column, c] w[tap of the row, tap of the column, c, o]
 No zeros are inserted and nothing is scattered: a quarter of the products of a convolution on the upsampled image. A program
 does the two columns b of one a, for a block of pixels (i, j) and of output channels: the middle column is read for both.
-Prologue (x stands for a), activation, accumulators, statistics and their combination: see conv2d_stats.
+Prologue (x stands for a), activation, accumulators, statistics, their combination, a norm's backward: see conv2d_stats.
 Bytes: x once (it is read six times, but for the first time from cache), w once, y once, partials 4 / BLOCK_M a value of y.
 """
 
 import triton
 import triton.language as tl
 
-from .conv2d_stats import normalised, store_partial
+from .conv2d_stats import normalised, standardised, store_partial, through_act
 from .pointwise import act
 
 
@@ -24,6 +24,11 @@ def conv_transpose2d_subpixel_fwd_kernel(
     shift_ptr,  # (C,) or None
     y_ptr,  # out (N, O, 2H, 2W), layout of x
     partial_ptr,  # out (2, 2 * blocks of pixels, O): mean, squared deviations; rows a * blocks + block; None: no statistics
+    norm_x_ptr,  # like y: the norm's input, of whose backward this is a part; or None
+    mean_ptr,  # (O,) of the norm, or None
+    invstd_ptr,  # (O,) of the norm, or None
+    norm_weight_ptr,  # (O,) or None
+    norm_bias_ptr,  # (O,) or None
     pixels,  # N * H * W
     channels,
     height,
@@ -82,31 +87,50 @@ def conv_transpose2d_subpixel_fwd_kernel(
         even += bias[None, :]
         odd += bias[None, :]
 
-    even_y = act(even, SLOPE, ACT).to(y_ptr.dtype.element_ty)
-    odd_y = act(odd, SLOPE, ACT).to(y_ptr.dtype.element_ty)
     outputs = image.to(tl.int64) * out_channels * height * width * 4
     place = (2 * i + a) * 2 * width + 2 * j
-    mask = inside[:, None] & (o < out_channels)[None, :]
+    is_o = o < out_channels
     if CHANNELS_LAST:
-        y_ptrs = y_ptr + (outputs + place * out_channels)[:, None] + o[None, :]
-        tl.store(y_ptrs, even_y, mask=mask)
-        tl.store(y_ptrs + out_channels, odd_y, mask=mask)
+        offsets = (outputs + place * out_channels)[:, None] + o[None, :]
+        mask = inside[:, None] & is_o[None, :]
     else:
-        # Neighbouring pixels of a row lie side by side: both columns are written together.
+        # Neighbouring pixels of a row lie side by side: both columns are one tile.
         pair = tl.interleave(outputs + place, outputs + place + 1)
-        both = tl.interleave(tl.trans(even_y), tl.trans(odd_y))
-        there = tl.interleave(inside.to(tl.int32), inside.to(tl.int32)) > 0
-        y_ptrs = y_ptr + (o * (4 * height * width))[:, None] + pair[None, :]
-        tl.store(y_ptrs, both, mask=(o < out_channels)[:, None] & there[None, :])
+        is_pair = tl.interleave(inside.to(tl.int32), inside.to(tl.int32)) > 0
+        offsets = (o * (4 * height * width))[:, None] + pair[None, :]
+        mask = is_o[:, None] & is_pair[None, :]
+
+    if norm_x_ptr is None:
+        even_y, odd_y = act(even, SLOPE, ACT), act(odd, SLOPE, ACT)
+    else:
+        if CHANNELS_LAST:
+            even_x = tl.load(norm_x_ptr + offsets, mask=mask, other=0.0)
+            odd_x = tl.load(norm_x_ptr + offsets + out_channels, mask=mask, other=0.0)
+        else:
+            both = tl.load(norm_x_ptr + offsets, mask=mask, other=0.0)
+            even_x, odd_x = tl.split(tl.reshape(both, [BLOCK_N, BLOCK_M, 2]))
+            even_x, odd_x = tl.trans(even_x), tl.trans(odd_x)
+        even_xhat = standardised(even_x, o, is_o, mean_ptr, invstd_ptr, DTYPE)
+        odd_xhat = standardised(odd_x, o, is_o, mean_ptr, invstd_ptr, DTYPE)
+        even_y = through_act(even, even_xhat, o, is_o, norm_weight_ptr, norm_bias_ptr, DTYPE, ACT, SLOPE)
+        odd_y = through_act(odd, odd_xhat, o, is_o, norm_weight_ptr, norm_bias_ptr, DTYPE, ACT, SLOPE)
+    even_y, odd_y = even_y.to(y_ptr.dtype.element_ty), odd_y.to(y_ptr.dtype.element_ty)
+    if CHANNELS_LAST:
+        tl.store(y_ptr + offsets, even_y, mask=mask)
+        tl.store(y_ptr + offsets + out_channels, odd_y, mask=mask)
+    else:
+        tl.store(y_ptr + offsets, tl.interleave(tl.trans(even_y), tl.trans(odd_y)), mask=mask)
 
     if partial_ptr is not None:
         even = tl.where(inside[:, None], even_y.to(DTYPE), 0.0)
         odd = tl.where(inside[:, None], odd_y.to(DTYPE), 0.0)
-        mean = tl.sum(even + odd, 0) / (2 * tl.minimum(pixels - block * BLOCK_M, BLOCK_M)).to(DTYPE)
-        even = tl.where(inside[:, None], even - mean[None, :], 0.0)
-        odd = tl.where(inside[:, None], odd - mean[None, :], 0.0)
-        m2 = tl.sum(even * even + odd * odd, 0)
+        first = tl.sum(even + odd, 0)
+        if norm_x_ptr is None:
+            first /= (2 * tl.minimum(pixels - block * BLOCK_M, BLOCK_M)).to(DTYPE)
+            even = tl.where(inside[:, None], even - first[None, :], 0.0)
+            odd = tl.where(inside[:, None], odd - first[None, :], 0.0)
+            second = tl.sum(even * even + odd * odd, 0)
+        else:
+            second = tl.sum(even * even_xhat + odd * odd_xhat, 0)
         blocks = tl.num_programs(0)
-        store_partial(
-            partial_ptr, a * blocks + block, 2 * blocks, o, o < out_channels, out_channels, mean, m2
-        )
+        store_partial(partial_ptr, a * blocks + block, 2 * blocks, o, is_o, out_channels, first, second)

@@ -51,6 +51,10 @@ def _job(
     }
 
 
+#: Of the norm of whose backward a convolution is a part; all but the first of each channel.
+NORM_POINTERS = ("norm_x_ptr", "mean_ptr", "invstd_ptr", "norm_weight_ptr", "norm_bias_ptr")
+
+
 @dataclass(frozen=True)
 class Around:
     """What a convolution runs along with itself, of how many channels."""
@@ -62,10 +66,12 @@ class Around:
     channels: int = 64
     out_channels: int = 64
     is_tall: bool = False
+    norm: bool = False
 
     def constants(self) -> dict[str, Any]:
         absent = {"bias_ptr": self.bias, "partial_ptr": self.statistics}
         absent |= dict.fromkeys(("scale_ptr", "shift_ptr"), self.before is not None)
+        absent |= dict.fromkeys(NORM_POINTERS, self.norm)
         numbers = {"ACT": number(self.activation), "ACT_BEFORE": number(self.before or "identity")}
         slopes = dict.fromkeys(("SLOPE", "SLOPE_BEFORE"), 0.2)
         return {name: None for name, is_there in absent.items() if not is_there} | numbers | slopes
@@ -76,8 +82,8 @@ def _conv_jobs(
 ) -> Iterator[dict[str, Any]]:
     """Both convolutions; the transposed one where it has so many taps."""
     name = TRITON_NAME[dtype]
-    types = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "y_ptr"), f"*{name}")
-    types |= dict.fromkeys(("scale_ptr", "shift_ptr", "partial_ptr"), f"*{STATE[name]}")
+    types = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "y_ptr", "norm_x_ptr"), f"*{name}")
+    types |= dict.fromkeys(("scale_ptr", "shift_ptr", "partial_ptr", *NORM_POINTERS[1:]), f"*{STATE[name]}")
     constants = {"CHANNELS_LAST": channels_last, "DTYPE": STATE[name], "PRECISION": precision}
     constants |= around.constants()
     sizes = around.channels, around.out_channels
@@ -107,6 +113,7 @@ def _combine_job(arch: int, state: str) -> dict[str, Any]:
 STATISTICS = Around(bias=False)
 TALL = Around(bias=False, is_tall=True)
 BETWEEN_NORMS = Around(before="leaky_relu")
+NORM_BACKWARD = Around(bias=False, activation="leaky_relu", norm=True)
 FROM_IMAGE = Around(statistics=False, activation="leaky_relu", channels=3)
 TO_IMAGE = Around(statistics=False, activation="tanh", out_channels=3)
 GROUPED = Around(statistics=False, activation="leaky_relu", channels=16, out_channels=16)
@@ -123,6 +130,8 @@ def _usual_jobs() -> Iterator[dict[str, Any]]:
     yield from _conv_jobs(100, torch.bfloat16, "ieee", 3, True, FROM_IMAGE)
     yield from _conv_jobs(80, torch.bfloat16, "ieee", 4, True, TALL)
     yield from _conv_jobs(100, torch.bfloat16, "ieee", 3, True, GROUPED)
+    for arch in ARCHITECTURES:
+        yield from _conv_jobs(arch, torch.bfloat16, "ieee", 4, True, NORM_BACKWARD)
 
 
 def _all_jobs() -> Iterator[dict[str, Any]]:
@@ -131,7 +140,8 @@ def _all_jobs() -> Iterator[dict[str, Any]]:
             yield _combine_job(arch, state)
         kinds = [(torch.float32, "tf32"), *((d, "ieee") for d in TRITON_NAME)]
         for (dtype, precision), taps, last in itertools.product(kinds, (3, 4), (True, False)):
-            for around in (Around(), BETWEEN_NORMS, FROM_IMAGE, TO_IMAGE, GROUPED):
+            smooth = replace(NORM_BACKWARD, activation="tanh")
+            for around in (Around(), BETWEEN_NORMS, FROM_IMAGE, TO_IMAGE, GROUPED, NORM_BACKWARD, smooth):
                 yield from _conv_jobs(arch, dtype, precision, taps, last, around)
         for dtype, taps in itertools.product((torch.float16, torch.bfloat16), (3, 4)):
             for around in (TALL, replace(BETWEEN_NORMS, is_tall=True)):
@@ -147,6 +157,8 @@ def _check(jobs: list[dict[str, Any]], tmp_path: Path, record: Any) -> None:
                 job["signature"]["x_ptr"] in ("*bf16", "*fp16") or job["constants"]["PRECISION"] == "tf32"
             )
             assert result["tensor_cores"] or not narrow, f"no tensor cores: {result['name']}"
+        if "norm_x_ptr" in job["divisible"] and job["signature"]["norm_x_ptr"] in ("*bf16", "*fp16"):
+            assert min(result["loads"], result["stores"]) == 16, f"narrow accesses: {result['name']}"
 
 
 def test_usual_configurations(tmp_path: Path, record_property: Any) -> None:

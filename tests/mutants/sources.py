@@ -73,6 +73,7 @@ _FUSED_STEP = (
     _selected("strided or inactive or infinity or chosen", "tests/ops/test_triton_kernels.py"),
 )
 
+_SPECTRAL_NORM = (("tests/test_spectral_norm.py",), ("tests/nn/test_spectral_norm.py",))
 _NORM = "tests/ops/test_batch_norm_act_kernels.py"
 _NORM_CUDA = (_selected("cuda", _NORM), _selected("threads", _NORM))
 _NORM_WHOLE = (("tests/ops/test_batch_norm_act_whole.py",),)
@@ -94,9 +95,10 @@ _IMAGES_CPU = (_selected("cpu or threads", _IMAGES),)
 _IMAGES_CUDA = (_selected("cuda", _IMAGES),)
 _CONV_STATS = ("tests/ops/test_conv2d_stats.py", "tests/ops/test_conv_transpose2d_subpixel.py")
 _CONV_ACT, _CONV_BLOCKS = "tests/ops/test_conv2d_act.py", "tests/nn/test_fused_convolution.py"
+_NORM_CONV = "tests/ops/test_norm_act_conv_bwd.py"
 _CONV_TRITON = (
     _selected("not slow", "tests/ops/test_conv_odd_sizes.py"),
-    _selected("triton or many_blocks", *_CONV_STATS, _CONV_ACT),
+    _selected("triton or many_blocks", *_CONV_STATS, _CONV_ACT, _NORM_CONV),
 )
 
 _BIAS = "tests/ops/test_bias_act.py"
@@ -129,10 +131,13 @@ SOURCES = [
     ),
     Source("python/fuseblock/_rectifier.py", "python", (("tests/nn/test_activation.py",),)),
     Source("python/fuseblock/nn/activation.py", "python", (("tests/nn/test_activation.py",),)),
-    Source(
-        "python/fuseblock/functional/_spectral.py",
-        "python",
-        (("tests/test_spectral_norm.py",), ("tests/nn/test_spectral_norm.py",)),
+    *(
+        Source(f"python/fuseblock/{room}/{name}.py", "python", _SPECTRAL_NORM)
+        for room, name in (
+            ("ops", "spectral_norm"),
+            ("reference", "spectral_norm"),
+            ("functional", "_spectral"),
+        )
     ),
     Source("kernels/spectral_norm.py", "triton", (_selected("triton", "tests/test_spectral_norm.py"),)),
     Source("python/fuseblock/nn/spectral_norm.py", "python", (("tests/nn/test_spectral_norm.py",),)),
@@ -240,6 +245,7 @@ SOURCES = [
     Source("python/fuseblock/functional/_upfirdn2d.py", "python", ((_IMAGES, "-k", "not cuda"),)),
     Source("python/fuseblock/ops/_conv_stats.py", "python", (_selected("not triton", *_CONV_STATS),)),
     Source("python/fuseblock/ops/conv2d_act.py", "python", (_selected("not triton", _CONV_ACT),)),
+    Source("python/fuseblock/ops/norm_act_conv_bwd.py", "python", (_selected("not triton", _NORM_CONV),)),
     Source("python/fuseblock/_conv_engine.py", "python", ((_CONV_BLOCKS,),)),
     Source("python/fuseblock/nn/_fused_convolution.py", "python", ((_CONV_BLOCKS,),)),
     Source("kernels/conv2d_stats.py", "triton", _CONV_TRITON),

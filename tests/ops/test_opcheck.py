@@ -83,14 +83,15 @@ def calls(dtype: torch.dtype, last: bool) -> Iterator[Call]:
     prologue = wide(3), wide(3), "leaky_relu", 0.2
     yield "conv2d_stats", (draw(1, 3, 5, 4), draw(5, 3, 3, 3), bias, 2, 1, 1, 0, *prologue)
     yield "conv_transpose2d_subpixel", (draw(1, 3, 2, 3), draw(3, 5, 4, 4), bias, *prologue)
+    behind = draw(5, 3, 3, 3), draw(1, 5, 5, 4), wide(3), wide(3), wide(3), wide(3).abs()
+    yield "norm_act_conv_bwd", (draw(1, 3, 5, 4), *behind, 1, 1, 1, 1, 1, False, "leaky_relu", 0.2)
     yield "conv2d_act", (draw(1, 6, 5, 4), draw(5, 6, 3, 3), bias, 2, 1, 1, 0, 1, False, "tanh", 0.0)
 
 
 #: Operators without kernels of a backend.
-ABSENT = {
-    "cpu": ("conv2d_act", "conv2d_stats", "conv_transpose2d_subpixel"),
-    "cuda": ("conv2d_act", "conv2d_stats", "conv_transpose2d_subpixel"),
-}
+ABSENT = dict.fromkeys(
+    ("cpu", "cuda"), ("conv2d_act", "conv2d_stats", "conv_transpose2d_subpixel", "norm_act_conv_bwd")
+)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
@@ -115,5 +116,6 @@ def test_every_operator(name: str, dtype: torch.dtype, last: bool) -> None:
         "conv2d_act",
         "conv2d_stats",
         "conv_transpose2d_subpixel",
+        "norm_act_conv_bwd",
     )
     assert all(any(op.startswith(f) for op in checked) for f in families if f not in ABSENT.get(name, ()))

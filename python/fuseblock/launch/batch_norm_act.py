@@ -246,19 +246,22 @@ def backward(
     )
     # One tensor each: outputs of an operator do not alias.
     dx, dresidual = x.new_empty(0), x.new_empty(0)
-    sums = None
-    zero = torch.zeros_like(mean)
-    scale = invstd if site.weight is None else invstd * site.weight
-    k = torch.stack([scale, zero, zero])
+    sums = means = None
     if want_sums or (training and want_dx):
         sums = kernels.bwd_reduce(dy, site)
-        if training:
-            total = _over_ranks(sums[:2], group) / count
-            k[1:] = -scale * total
+        means = _over_ranks(sums[:2], group) / count if training else None
     if want_dx or want_dresidual:
+        k = first_order_coefficients(site, means)
         dx, g = kernels.bwd_apply(dy, site, k, want_dresidual)
         dresidual = dresidual if g is None else g
     return dx, *gradients_of_channels(sums if want_sums else None, mean, weight, bias, slope), dresidual
+
+
+def first_order_coefficients(site: Site, means: Tensor | None) -> Tensor:
+    """The coefficients of `Kernels.bwd_apply`, from the means (2, C) of G and G xhat; None: statistics are constants."""
+    scale = site.invstd if site.weight is None else site.invstd * site.weight
+    through = scale.new_zeros(2, *scale.shape) if means is None else -scale * means
+    return torch.cat([scale[None], through])
 
 
 def gradients_of_channels(

@@ -19,7 +19,8 @@ from .._activations import number
 from .._library import state_dtype
 from ..dispatch import Candidate
 from ..reference.conv_stats import memory_format_of
-from . import _triton
+from . import _triton, triton_batch_norm_act
+from .batch_norm_act import Site, first_order_coefficients, gradients_of_channels, wide
 
 #: Taps that are unrolled at most.
 _MOST_TAPS = 25
@@ -143,10 +144,12 @@ def why_not_tall(x: Tensor, weight: Tensor, *args: Any) -> str | None:
 
 
 def candidates(op: str) -> tuple[Candidate, ...]:
-    """How Triton can run `op`: conv2d_stats, conv_transpose2d_subpixel or conv2d_act."""
+    """How Triton can run `op`: conv2d_stats, conv_transpose2d_subpixel, conv2d_act or norm_act_conv_bwd."""
     run, devices = globals()[op], _triton.DEVICES
-    tall = Candidate("triton", partial(run, is_tall=True), why_not_tall, devices, "tall tiles")
-    return Candidate("triton", run, why_not, devices), tall
+    usual = Candidate("triton", run, why_not, devices)
+    if op == "norm_act_conv_bwd":  # what its epilogue reads leaves tall tiles too few registers
+        return (usual,)
+    return usual, Candidate("triton", partial(run, is_tall=True), why_not_tall, devices, "tall tiles")
 
 
 class Neighbours(NamedTuple):
@@ -156,6 +159,7 @@ class Neighbours(NamedTuple):
         scale, shift, before, slope_before: of the prologue and its activation.
         activation, slope: of the epilogue.
         statistics: whether the epilogue takes those of the result.
+        norm: of whose backward this is a part; activation and slope then are those behind it.
         is_tall: whether it runs with tall tiles.
     """
 
@@ -166,12 +170,23 @@ class Neighbours(NamedTuple):
     activation: str = "identity"
     slope: float = 0.0
     statistics: bool = False
+    norm: Site | None = None
     is_tall: bool = False
 
     def operands(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Scale and shift for the kernels, which read them in the dtype of the statistics."""
         wide = state_dtype(x.dtype)
         return tuple(None if t is None else t.to(wide).contiguous() for t in (self.scale, self.shift))  # type: ignore[return-value]
+
+    def layout(self, x: Tensor) -> torch.memory_format:
+        """That of x and the result; of a norm's backward its input's, which tells where a gradient of 1 x 1 does not."""
+        return memory_format_of(x if self.norm is None else self.norm.x)
+
+    @property
+    def norm_operands(self) -> tuple[Tensor | None, ...]:
+        """Input, mean, invstd, weight and bias of the norm for the kernels."""
+        site = self.norm
+        return (None,) * 5 if site is None else (site.x, site.mean, site.invstd, site.weight, site.bias)
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -200,13 +215,31 @@ def _combine(
     return mean, var
 
 
-def _outputs(x: Tensor, shape: tuple[int, ...], rows: int, statistics: bool) -> tuple[Tensor, Tensor | None]:
-    """An output in the layout of x, and the partial statistics."""
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
-    partial = (
-        torch.empty(2, rows, shape[1], dtype=state_dtype(x.dtype), device=x.device) if statistics else None
-    )
-    return y, partial
+def _outputs(
+    x: Tensor, shape: tuple[int, ...], rows: int, around: Neighbours
+) -> tuple[Tensor, Tensor | None]:
+    """An output, and the partial statistics, or sums of a norm's backward."""
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=around.layout(x))
+    if not around.statistics and around.norm is None:
+        return y, None
+    return y, torch.empty(2, rows, shape[1], dtype=state_dtype(x.dtype), device=x.device)
+
+
+def _results(
+    y: Tensor,
+    partial: Tensor | None,
+    around: Neighbours,
+    blocks: int,
+    pixels: int,
+    block_pixels: int,
+    values: int,
+) -> tuple[Tensor, ...]:
+    """(y,), (y, mean, var) or, of a norm's backward, (y, sums (2, channels)); further arguments as in `_combine`."""
+    if partial is None:
+        return (y,)
+    if around.norm is not None:
+        return y, partial.sum(1)
+    return y, *_combine(partial, blocks, pixels, block_pixels, values)
 
 
 def _conv2d(
@@ -218,9 +251,9 @@ def _conv2d(
     groups: int,
     around: Neighbours,
 ) -> tuple[Tensor, ...]:
-    """(y,) or (y, mean, var) of the convolution and its neighbours."""
+    """The `_results` of the convolution and its neighbours."""
     all_out, channels, taps_y, taps_x = weight.shape
-    layout = memory_format_of(x)
+    layout = around.layout(x)
     x = x.contiguous(memory_format=layout)
     n, _, h, w = x.shape
     out_h, out_w = (
@@ -234,38 +267,39 @@ def _conv2d(
         x, pixels, taps_x * channels if in_rows else channels, out_channels, precision, 1, around
     )
     rows = triton.cdiv(pixels, blocks.m)
-    y, partial = _outputs(x, (n, all_out, out_h, out_w), rows, around.statistics)
+    y, partial = _outputs(x, (n, all_out, out_h, out_w), rows, around)
     with torch.cuda.device_of(x):
         conv2d_stats_fwd_kernel[(rows * groups * triton.cdiv(out_channels, blocks.n),)](
             x, weight.permute(2, 3, 1, 0).contiguous(), None if bias is None else bias.contiguous(),
-            *around.operands(x), y, partial, pixels, groups, channels, h, w, out_channels, out_h, out_w, *stride, *padding,
+            *around.operands(x), y, partial, *around.norm_operands, pixels, groups, channels, h, w,
+            out_channels, out_h, out_w, *stride, *padding,
             KH=taps_y, KW=taps_x, ROW=in_rows, CHANNELS_LAST=layout == torch.channels_last,
             DTYPE=_triton.math_dtype(x), PRECISION=precision, **around.constants, **blocks.constants, **blocks.options,
         )  # fmt: skip
-        return (y,) if partial is None else (y, *_combine(partial, rows, pixels, blocks.m, 1))
+        return _results(y, partial, around, rows, pixels, blocks.m, 1)
 
 
 def _conv_transpose2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, around: Neighbours
 ) -> tuple[Tensor, ...]:
-    """(y,) or (y, mean, var) of the transposed convolution of kernel 4, stride 2, padding 1 and its neighbours."""
+    """The `_results` of the transposed convolution of kernel 4, stride 2, padding 1 and its neighbours."""
     channels, out_channels = weight.shape[:2]
-    layout = memory_format_of(x)
+    layout = around.layout(x)
     x = x.contiguous(memory_format=layout)
     n, _, h, w = x.shape
     pixels = n * h * w
     precision = precision_of(x.dtype)
     blocks = _blocks(x, pixels, channels, out_channels, precision, 2, around)
     rows = triton.cdiv(pixels, blocks.m)
-    y, partial = _outputs(x, (n, out_channels, 2 * h, 2 * w), 2 * rows, around.statistics)
+    y, partial = _outputs(x, (n, out_channels, 2 * h, 2 * w), 2 * rows, around)
     with torch.cuda.device_of(x):
         conv_transpose2d_subpixel_fwd_kernel[(rows, triton.cdiv(out_channels, blocks.n), 2)](
             x, weight.permute(2, 3, 0, 1).contiguous(), None if bias is None else bias.contiguous(),
-            *around.operands(x), y, partial, pixels, channels, h, w, out_channels,
+            *around.operands(x), y, partial, *around.norm_operands, pixels, channels, h, w, out_channels,
             CHANNELS_LAST=layout == torch.channels_last, DTYPE=_triton.math_dtype(x), PRECISION=precision,
             **around.constants, **blocks.constants, **blocks.options,
         )  # fmt: skip
-        return (y,) if partial is None else (y, *_combine(partial, rows, pixels, blocks.m, 2))
+        return _results(y, partial, around, rows, pixels, blocks.m, 2)
 
 
 def conv2d_stats(
@@ -324,3 +358,40 @@ def conv2d_act(
     if transposed:
         return _conv_transpose2d(x, weight, bias, around)[0]
     return _conv2d(x, weight, bias, (stride_y, stride_x), (pad_y, pad_x), groups, around)[0]
+
+
+def norm_act_conv_bwd(
+    x: Tensor,
+    conv_weight: Tensor,
+    dy: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    stride_y: int,
+    stride_x: int,
+    pad_y: int,
+    pad_x: int,
+    groups: int,
+    transposed: bool,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Op `norm_act_conv_bwd`: (dx, dweight, dbias). The gradient of a convolution's input is a convolution, too."""
+    x = x.contiguous(memory_format=memory_format_of(x))
+    no_act = number("identity"), 0.0  # the convolution's epilogue has been through it
+    site = Site(x, mean, invstd, wide(weight, x), wide(bias, x), None, None, None, *no_act)
+    around = Neighbours(activation=activation, slope=negative_slope, norm=site)
+    stride, pad, taps = (stride_y, stride_x), (pad_y, pad_x), conv_weight.shape[2:]
+    if transposed:
+        g, sums = _conv2d(dy, conv_weight, None, stride, pad, groups, around)
+    elif stride == (1, 1):
+        turned = conv_weight.flip(2, 3).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        full = [size - 1 - p for size, p in zip(taps, pad, strict=True)]
+        g, sums = _conv2d(dy, turned, None, stride, full, groups, around)
+    else:
+        g, sums = _conv_transpose2d(dy, conv_weight, None, around)
+    k = first_order_coefficients(site, sums / (x.numel() // x.shape[1]))
+    dx, _ = triton_batch_norm_act.bwd_apply(g, site, k, False)
+    dweight, dbias, _ = gradients_of_channels(sums, mean, weight, bias, None)
+    return dx, dweight, dbias

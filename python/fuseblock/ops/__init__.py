@@ -15,6 +15,7 @@ from .lstm_gates import check as check_lstm_gates
 from .lstm_gates import lstm_gates, lstm_gates_bwd, lstm_gates_bwd_bwd
 from .lstm_recurrence import check as check_lstm_recurrence
 from .lstm_recurrence import lstm_recurrence, lstm_recurrence_bwd, lstm_recurrence_bwd_bwd
+from .norm_act_conv_bwd import norm_act_conv_bwd
 from .upfirdn2d import check as check_upfirdn2d
 from .upfirdn2d import upfirdn2d
 
@@ -42,5 +43,6 @@ __all__ = [
     "lstm_recurrence",
     "lstm_recurrence_bwd",
     "lstm_recurrence_bwd_bwd",
+    "norm_act_conv_bwd",
     "upfirdn2d",
 ]

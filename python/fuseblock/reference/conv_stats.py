@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._activations import activate
 from .._library import state_dtype
+from .batch_norm_act import batch_norm_act_bwd_reference
 from .upfirdn2d import memory_format_of as memory_format_of
 
 
@@ -77,3 +78,34 @@ def conv2d_act_reference(
         x, weight, bias, (stride_y, stride_x), (pad_y, pad_x), (1, 1), transposed, (0, 0), groups
     )
     return activate(z, activation, negative_slope).contiguous(memory_format=memory_format_of(x))
+
+
+def norm_act_conv_bwd_reference(
+    x: Tensor,
+    conv_weight: Tensor,
+    dy: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    stride_y: int,
+    stride_x: int,
+    pad_y: int,
+    pad_x: int,
+    groups: int,
+    transposed: bool,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias) as in ``ops/norm_act_conv_bwd.py``; what there is not is empty."""
+    geometry = (stride_y, stride_x), (pad_y, pad_x), (1, 1), transposed, (0, 0), groups
+    da, *_ = torch.ops.aten.convolution_backward(dy, x, conv_weight, None, *geometry, (True, False, False))
+    constants = mean, invstd, mean.new_zeros(()), None, activation, negative_slope, False, "", 0.0
+    of_norm = da.to(mean.dtype), x.to(mean.dtype), weight, bias, None, None, *constants
+    # As if the statistics were constants, and then through them.
+    dx, dweight, dbias, _, g = batch_norm_act_bwd_reference(*of_norm, True, True, True)
+    xhat = (x - mean[:, None, None]) * invstd[:, None, None]
+    of_mean, of_var = (t.mean((0, 2, 3)) for t in (g, g * xhat))
+    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+    dx = dx - scale[:, None, None] * (of_mean[:, None, None] + xhat * of_var[:, None, None])
+    return dx.to(x.dtype).contiguous(memory_format=memory_format_of(x)), dweight, dbias
