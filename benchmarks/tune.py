@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import console, machine, tune_blocks, tune_layers, tune_passes, tune_questions
+from benchmarks import console, machine, tune_blocks, tune_layers, tune_passes, tune_questions, tune_spectral
 from benchmarks.runner import one_line
 from benchmarks.timing import Runnable, Spread, interleave
 from benchmarks.tune_questions import PRECISIONS, Contest, Question, Rival
@@ -257,6 +257,7 @@ def everything(precisions: Sequence[str], patterns: list[str] | None) -> Asked:
         *tune_layers.questions(precisions, patterns),
         *tune_questions.questions(precisions, patterns),
         *tune_passes.questions(precisions, patterns),
+        *tune_spectral.questions(precisions, patterns),
         *tune_blocks.questions(precisions, patterns),
     ]
     return sorted(asked, key=lambda pair: pair[0].case.name.startswith("spread-"))

@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from benchmarks.parity import Results
-from benchmarks.tune_questions import Contest, Question, Rival, able, is_named, keyed
+from benchmarks.tune_questions import Contest, Question, Rival, able, double, is_named, keyed
 from fuseblock import _tables, dispatch
 from fuseblock._activations import number
 from fuseblock._library import state_dtype
@@ -92,22 +92,26 @@ class OperatorQuestion(Question):
 
     def labels(self, device: str) -> list[str]:
         """Who would take part, in the order of the plain rule."""
+        with self.settings():
+            return [c.label for c in able(self.op, self.fakes(device))]
 
-        def placed(a: Any) -> Any:
+    def fakes(self, device: str) -> tuple[Any, ...]:
+        """The operator's arguments without memory, on a device that need not be there."""
+
+        def fake(a: Any) -> Any:
             is_tensor = isinstance(a, Tensor)
             return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=device) if is_tensor else a
 
-        with self.settings():
-            on_meta = self.args("meta", 0)
-            with FakeTensorMode():  # no memory for tensors that nobody reads
-                return [c.label for c in able(self.op, tree_map(placed, on_meta))]
+        on_meta = self.args("meta", 0)
+        with FakeTensorMode():
+            return tree_map(fake, on_meta)  # type: ignore[no-any-return]
 
     def contest(self, device: str, seed: int) -> Contest:
         """The rivals on tensors of a device."""
         args = self.args(device, seed)
         equations = next(c for c in dispatch.candidates(self.op) if c.name == "reference")
         rivals = {c.label: Rival(partial(self._named, c.run, args)) for c in able(self.op, args)}
-        exact = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+        exact = tree_map(double, args)
         reference, stock = self._named(equations.run, exact), self._named(equations.run, args)
         return Contest(rivals, reference, stock, self.dtype, self.terms)
 

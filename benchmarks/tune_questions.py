@@ -184,7 +184,7 @@ class Question:
             args = self._backward_args(args, gates, c)
         runs = {c.label: c.run for c in able(self.op, args) if c.run is not None}
         rivals = {label: Rival(partial(_named, self.op, run, args)) for label, run in runs.items()}
-        exact = [_double(x) for x in args]
+        exact = [double(x) for x in args]
         equations = _equations(self.op)
         return rivals, _named(self.op, equations, exact), _named(self.op, equations, args)
 
@@ -223,7 +223,8 @@ _OUTPUTS = {
 }
 
 
-def _double(x: Any) -> Any:
+def double(x: Any) -> Any:
+    """An argument of an operator in float64, where it is of floating point."""
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 

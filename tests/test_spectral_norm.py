@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils import parametrizations
 
 import fuseblock
-from fuseblock import functional
-from fuseblock.functional import _spectral
+from fuseblock import _ext, dispatch, functional
 
 from .backends import DEVICE, available
 from .ops.lstm_cases import error_ratio, poisoned_outputs, relative_error
@@ -45,8 +45,8 @@ def kind(request: pytest.FixtureRequest) -> Iterator[str]:
         with available("triton"), fuseblock.backend("triton"):
             yield "triton"
         return
-    if request.param == "cpu" and _spectral._CPU is None:
-        pytest.skip("no compiled library")
+    if request.param == "cpu" and _ext.why_not is not None:
+        pytest.skip(_ext.why_not)
     with fuseblock.backend("auto" if request.param == "cpu" else request.param):
         yield request.param
 
@@ -156,7 +156,7 @@ def test_instruction_sets(isa: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
     )
-    if "must have it" in done.stderr or _spectral._CPU is None:
+    if "must have it" in done.stderr or _ext.why_not is not None:
         pytest.skip(f"no {isa} here")
     assert done.returncode == 0, done.stderr
     want = outcome(theirs, torch.float64, "contiguous", 1)
@@ -201,8 +201,8 @@ def test_gradients_that_are_not_wanted(kind: str) -> None:
 
 
 def test_threads_do_not_change_the_bits() -> None:
-    if _spectral._CPU is None:
-        pytest.skip("no compiled library")
+    if _ext.why_not is not None:
+        pytest.skip(_ext.why_not)
     w = torch.randn(300, 700)
     found = []
     before = torch.get_num_threads()
@@ -272,7 +272,7 @@ def test_forced_backends_run_or_raise() -> None:
                 normalize(given)
         with pytest.raises(fuseblock.BackendError, match="asked for cpu"):
             torch.func.jvp(lambda w: normalize(w)[0], (w,), (w,))
-        if _spectral._CPU is not None:
+        if _ext.why_not is None:
             with torch.profiler.profile() as profile:
                 normalize(w)
             assert "fuseblock_cpu::spectral_norm" in {event.key for event in profile.key_averages()}
@@ -284,9 +284,57 @@ def test_the_opaque_iteration() -> None:
 
 
 def test_the_compiled_kernels_run() -> None:
-    if _spectral._CPU is None:
-        pytest.skip("no compiled library")
-    weights, us, vs, _ = inputs(torch.float32)
-    dims = [0] * len(weights)
-    assert _spectral._chosen(weights, us, vs, dims, False) is _spectral._CPU
-    assert _spectral._chosen([weights[0].half()], us[:1], vs[:1], dims[:1], False) is _spectral._ATEN
+    if _ext.why_not is not None:
+        pytest.skip(_ext.why_not)
+    for dtype, name in ((torch.float32, "cpu"), (torch.bfloat16, "aten")):
+        weights, us, vs, dims = inputs(dtype)
+        told = fuseblock.explain("spectral_norm", weights, us, vs, dims=dims)
+        assert (told.chosen, told.parts[0].chosen) == (name, name)
+        ran: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            for op in ("spectral_norm", "spectral_norm_bwd"):
+                patch.setitem(
+                    dispatch._CANDIDATES, op, tuple(noted(op, c, ran) for c in dispatch.candidates(op))
+                )
+            functional.spectral_norm(weights, us, vs, dims=dims)[1].sum().backward()
+        assert ran == [f"spectral_norm {name}", f"spectral_norm_bwd {name}"]
+
+
+def noted(op: str, candidate: dispatch.Candidate, ran: list[str]) -> dispatch.Candidate:
+    def run(*args: Any) -> Any:
+        ran.append(f"{op} {candidate.name}")
+        assert candidate.run is not None
+        return candidate.run(*args)
+
+    return replace(candidate, run=run)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_backward_takes_every_forward(dtype: torch.dtype) -> None:
+    """A table may prefer different ones; of 16 bit, their states have different dtypes."""
+    weights, us, vs, dims = inputs(dtype)
+    weights = [w.detach() for w in weights]
+    dys = [torch.randn_like(w) for w in weights]
+    names = (
+        ["triton", "aten", "reference"] if dtype is torch.bfloat16 else ["cpu", "triton", "aten", "reference"]
+    )
+
+    def able(op: str, *args: Any) -> dict[str, Any]:
+        return {c.name: c.run for c in dispatch.candidates(op) if c.why_not(*args) is None}
+
+    def wide(tensors: list[Tensor]) -> list[Tensor]:
+        return [x.double() for x in tensors]
+
+    with available("triton"), fuseblock.backend("triton"):
+        for name, forward in able("spectral_norm", weights, us, vs, dims, 1, 1e-3).items():
+            assert name in names
+            _, state = forward(weights, us, vs, dims, 1, 1e-3)
+            exact = able("spectral_norm_bwd", wide(dys), wide(weights), state.double(), dims)["reference"]
+            want = exact(wide(dys), wide(weights), state.double(), dims)
+            backwards = able("spectral_norm_bwd", dys, weights, state, dims)
+            found = {name: run(dys, weights, state, dims) for name, run in backwards.items()}
+            assert set(found) >= set(names) - {"cpu"}
+            for dws in found.values():
+                for got, stock, w in zip(dws, found["reference"], want, strict=True):
+                    few = max(relative_error(stock, w), torch.finfo(dtype).eps * 4)
+                    assert error_ratio(got, w, few, 2000) <= 1

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 
 from fuseblock import _tables, dispatch, ops
 from fuseblock.dispatch import Candidate
@@ -47,22 +46,13 @@ def test_dispatch_asks_what_is_measured(op: str, kind: str, monkeypatch: pytest.
     able = tuple(Candidate(name, None, lambda *args: None) for name in ("cuda", "triton"))
     monkeypatch.setitem(dispatch._CANDIDATES, op, able)
     question = passes.PassQuestion(op, passes.PassCase(op, "", 16, 64, 16, kind), "train", "float16")
-    key, on_meta = question.key(), question.args("meta", 0)
-    with FakeTensorMode():
-        args = tuple(
-            torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda")
-            if isinstance(a, torch.Tensor)
-            else a
-            for a in on_meta
-        )
-        with _tables.using(table(**{op: [entry(key, "triton", cuda=3.0, triton=2.0)]})):
-            chosen = dispatch.choose(op, args)
-            assert chosen.name == "triton"
-            assert "measured 2.0 us against 3.0 us (cuda)" in dispatch.rule(op, args, chosen)
-        with _tables.using(
-            table(**{op: [entry(key | {"dtype": "float32"}, "triton", cuda=3.0, triton=2.0)]})
-        ):
-            assert dispatch.choose(op, args).name == "cuda"
+    key, args = question.key(), question.fakes("cuda")
+    with _tables.using(table(**{op: [entry(key, "triton", cuda=3.0, triton=2.0)]})):
+        chosen = dispatch.choose(op, args)
+        assert chosen.name == "triton"
+        assert "measured 2.0 us against 3.0 us (cuda)" in dispatch.rule(op, args, chosen)
+    with _tables.using(table(**{op: [entry(key | {"dtype": "float32"}, "triton", cuda=3.0, triton=2.0)]})):
+        assert dispatch.choose(op, args).name == "cuda"
 
 
 def test_questions() -> None:

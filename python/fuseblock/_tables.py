@@ -39,6 +39,7 @@ REACH: Mapping[str, float] = {
     "steps": 8,
     "input": 4,
     "positions": 4,
+    "elements": 4,
     "layers": 1.5,
     "directions": 1,
 }

@@ -21,11 +21,9 @@ from torch.compiler import is_compiling
 from . import _tables
 from ._library import forward_mode_active
 
-#: Names that ``backend()`` accepts. ``aten`` is PyTorch's own layer, an engine of the whole LSTM layer.
+#: Names that ``backend()`` accepts. ``aten`` is PyTorch's own layer, an engine of the whole LSTM layer, or PyTorch's own
+#: operations where they are a candidate. Other operators are chosen as usual then.
 NAMES = ("auto", "aten", "cpu", "cuda", "triton", "reference")
-
-#: Those that leave the choice open: a forced `aten` concerns layers, operators called on their own are chosen as usual.
-_OPEN = ("auto", "aten")
 
 
 class BackendError(RuntimeError):
@@ -66,7 +64,7 @@ class Question:
     """How a table of measurements is asked about calls of an operator.
 
     Attributes:
-        like: position of the argument whose device counts.
+        like: position of the argument whose device counts, a tensor or several on one device.
         key: the sizes and kinds of a call, from its arguments.
     """
 
@@ -101,8 +99,9 @@ def backend(name: str) -> Iterator[None]:
     """Force a backend within a ``with`` block (this thread or task, and backward passes of what ran in it).
 
     Args:
-        name: ``"auto"`` (the default choice), ``"aten"`` (PyTorch's own LSTM layer), ``"cpu"``, ``"cuda"``,
-            ``"triton"`` or ``"reference"`` (plain PyTorch equations: exports, any order of derivative).
+        name: ``"auto"`` (the default choice), ``"aten"`` (PyTorch's own LSTM layer, convolutions and spectral norm),
+            ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"`` (plain PyTorch equations: exports, any order of
+            derivative).
 
     Raises:
         ValueError: unknown name.
@@ -152,9 +151,13 @@ def question(op: str) -> Question | None:
 def _answer(op: str, args: Sequence[Any]) -> _tables.Answer | None:
     """What the table of the GPU says; None for operators without a question and on CPUs."""
     question = _QUESTIONS.get(op)
-    if question is None or not args[question.like].is_cuda:
+    if question is None:
         return None
-    table = _tables.in_force(args[question.like].get_device())
+    like = args[question.like]
+    x = like if isinstance(like, torch.Tensor) else next(x for x in like if x is not None)
+    if not x.is_cuda:
+        return None
+    table = _tables.in_force(x.get_device())
     return table.answer(op, question.key(args) if table.entries else ())
 
 
@@ -172,9 +175,15 @@ def preference(op: str, args: Sequence[Any]) -> Sequence[Candidate]:
     return known[1]
 
 
-def eligible(candidate: Candidate) -> bool:
-    """Whether the backend in force leaves a candidate in the choice."""
-    return _FORCED.get() in (*_OPEN, candidate.name)
+def _name_for(op: str) -> str:
+    """The backend that is asked of an operator."""
+    name = _FORCED.get()
+    return "auto" if name == "aten" and all(c.name != "aten" for c in _CANDIDATES[op]) else name
+
+
+def eligible(op: str, candidate: Candidate) -> bool:
+    """Whether the backend in force leaves a candidate of an operator in the choice."""
+    return _name_for(op) in ("auto", candidate.name)
 
 
 def choose(op: str, args: tuple[Any, ...]) -> Candidate:
@@ -184,9 +193,11 @@ def choose(op: str, args: tuple[Any, ...]) -> Candidate:
         BackendError: the forced backend cannot run the call (every reason is in the message).
     """
     name = _FORCED.get()
+    if name == "aten":
+        name = _name_for(op)
     reasons = []
     for candidate in preference(op, args):
-        if name in _OPEN or candidate.name == name:  # `eligible`, without a call on a path of a microsecond
+        if name == "auto" or candidate.name == name:  # `eligible`, without calls on a path of a microsecond
             reason = candidate.why_not(*args)
             if reason is None:
                 return candidate
@@ -198,8 +209,8 @@ def choose(op: str, args: tuple[Any, ...]) -> Candidate:
 
 def rule(op: str, args: tuple[Any, ...], chosen: Candidate) -> str:
     """Why `choose` took ``chosen`` and no other that can run."""
-    answer, name = _answer(op, args), _FORCED.get()
-    is_forced = name not in _OPEN
+    answer, name = _answer(op, args), _name_for(op)
+    is_forced = name != "auto"
     if answer is None or (is_forced and chosen.label not in answer.order):
         first = "the first that can run"
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ._fused_layer import why_not_fused
 from ._library import plain_eager, state_dtype, wants_gradient
 from ._ragged import packing
 from ._recompute import LayerWeights
+from .functional import _spectral
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Explanation:
         chosen: name of the engine or backend that would run.
         reasons: (name, reason) of every candidate in order of preference; reason None means that it can run.
         rule: why the chosen one is preferred to others that can run: a measurement in a table, or the plain rule.
-        parts: of a stack that our engine runs on a GPU, the operators of each layer.
+        parts: further operators of the call: of a stack that our engine runs on a GPU, those of each layer.
     """
 
     op: str
@@ -49,7 +50,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     Args:
         op: ``"block"`` (a `Sequential` of a convolution and what stands behind it, and its input: whether PyTorch's
             convolution or one of ours runs), ``"lstm"`` (arguments of `functional.lstm`: the engine of the stack, and which
-            of its layers run fused, input projection included), or an operator's name, e.g. ``"lstm_gates"`` or
+            of its layers run fused, input projection included), ``"spectral_norm"`` (arguments of
+            `functional.spectral_norm`), or an operator's name, e.g. ``"lstm_gates"`` or
             ``"lstm_recurrence_bwd"`` with the operator's arguments.
 
     Returns:
@@ -68,8 +70,11 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         return _explain_layer(*call.args, **call.kwargs)
     if op == "block":
         return _explain_block(*args, **kwargs)
-    if op not in dispatch.operators():
-        known = ", ".join(("block", "lstm", *dispatch.operators()))
+    if op == "spectral_norm":
+        return _explain_spectral_norm(_spectral.arguments(*args, **kwargs))
+    operators = [name for name in dispatch.operators() if hasattr(torch.ops.fuseblock, name)]
+    if op not in operators:
+        known = ", ".join(("block", "lstm", "spectral_norm", *operators))
         raise ValueError(f"explain: expected one of {known}, got {op!r}")
     _check_arguments(op, args, kwargs)
     return _explain_operator(op, args)
@@ -90,11 +95,25 @@ def _explain_block(block: torch.nn.Sequential, input: Tensor) -> Explanation:
     return Explanation(call.op, engine, reasons, rule)
 
 
+def _explain_spectral_norm(args: tuple[Any, ...]) -> Explanation:
+    """Forward and, where there are gradients, backward of all weights."""
+    weights, us, vs, dims, *_ = args
+    if not weights:
+        raise ValueError("explain: expected weights, got none")
+    forward = _explain_operator("spectral_norm", args)
+    if not wants_gradient(weights):
+        return forward
+    dys = [w if w.requires_grad else None for w in weights]
+    state = weights[0].new_empty(sum(u.numel() + v.numel() + 1 for u, v in zip(us, vs, strict=True)))
+    backward = _explain_operator("spectral_norm_bwd", (dys, weights, state, dims), "backward")
+    return replace(forward, parts=(backward,))
+
+
 def _explain_operator(op: str, args: tuple[Any, ...], name: str = "") -> Explanation:
     name = name or op
     forced = f"backend {dispatch.forced()!r} is forced"
     reasons = tuple(
-        (c.label, c.why_not(*args) or (None if dispatch.eligible(c) else forced))
+        (c.label, c.why_not(*args) or (None if dispatch.eligible(op, c) else forced))
         for c in dispatch.preference(op, args)
     )
     try:

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import fuseblock
-from fuseblock.functional import _spectral
+from fuseblock import _ext
 from fuseblock.nn import remove_spectral_norm, spectral_norm
 
 KINDS = ["cpu", "aten", "reference"]
@@ -28,8 +28,8 @@ KINDS = ["cpu", "aten", "reference"]
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run on the compiled kernels, on PyTorch's operators and on the plain equations."""
-    if request.param == "cpu" and _spectral._CPU is None:
-        pytest.skip("no compiled library")
+    if request.param == "cpu" and _ext.why_not is not None:
+        pytest.skip(_ext.why_not)
     with fuseblock.backend("auto" if request.param == "cpu" else request.param):
         yield request.param
 

@@ -338,9 +338,9 @@ def test_spectral_norm(iterations: int, layout: torch.memory_format) -> None:
     vs = [torch.randn(w[0].numel()) for w in weights]
     dims = [0] * len(weights)
     with traffic.of_interpreted() as forward:
-        ys, state = norms.forward(weights, us, vs, dims, iterations, 1e-12)
+        ys, state = norms.spectral_norm(weights, us, vs, dims, iterations, 1e-12)
     with traffic.of_interpreted() as backward:
-        norms.backward([torch.randn_like(y) for y in ys], weights, state, dims)
+        norms.spectral_norm_bwd([torch.randn_like(y) for y in ys], weights, state, dims)
     elements = sum(w.numel() for w in weights)
     sizes = {"W": elements, "R": sum(map(len, us)), "C": sum(map(len, vs)), "b": 4, "i": iterations}
     names = ["rows", *["columns"] * iterations, "scale", "inner", "gradient"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fuseblock.kernels import lstm_gates as _kernels
 
-from .. import _tables
+from .. import _tables, dispatch
 from .gpu import gpu_of
 
 #: Whether kernels were decorated under TRITON_INTERPRET=1, which runs them on the CPU, for tests.
@@ -53,6 +53,14 @@ def why_not(x: Tensor) -> str | None:
     if capability < (8, 0):
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
     return None
+
+
+def why_not_chosen(x: Tensor) -> str | None:
+    """`why_not` for operators that have something better on a CPU than the interpreter: that it is not forced."""
+    reason = why_not(x)
+    if reason is None and x.device.type == "cpu" and dispatch.forced() != "triton":
+        reason = "Triton's interpreter is for tests: backend('triton') forces it"
+    return reason
 
 
 def aligned(hidden: int, tensors: Iterable[Tensor | None]) -> bool:

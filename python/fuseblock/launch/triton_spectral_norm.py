@@ -13,6 +13,7 @@ from torch import Tensor
 from fuseblock.kernels import spectral_norm as kernels
 
 from .._library import state_dtype
+from ..dispatch import Candidate
 from . import _triton
 
 #: Layers of a launch, whose pointers and sizes are arguments, of which a launch takes 4 KiB.
@@ -34,15 +35,26 @@ def _storage(w: Tensor, dim: int) -> tuple[int, int] | None:
 
 
 def why_not(
-    weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], dims: Sequence[int]
+    weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], dims: Sequence[int], *args: Any
 ) -> str | None:
-    """The reason why the functions of this module cannot run, or None."""
-    if reason := _triton.why_not(weights[0]):
-        return reason
-    if any(x.dtype != weights[0].dtype for x in (*weights, *us, *vs)):
+    """The reason why `spectral_norm` cannot run, or None."""
+    if any(x.dtype != weights[0].dtype for x in (*us, *vs)):
         return "it takes weights, us and vs of one dtype"
     if not all(x.is_contiguous() for x in (*us, *vs)):
         return "it takes contiguous us and vs"
+    return _why_not_weights(weights, dims)
+
+
+def why_not_bwd(dys: Any, weights: Sequence[Tensor], state: Tensor, dims: Sequence[int]) -> str | None:
+    """The reason why `spectral_norm_bwd` cannot run, or None."""
+    return _why_not_weights(weights, dims)
+
+
+def _why_not_weights(weights: Sequence[Tensor], dims: Sequence[int]) -> str | None:
+    if reason := _triton.why_not_chosen(weights[0]):
+        return reason
+    if any(w.dtype != weights[0].dtype for w in weights):
+        return "it takes weights of one dtype"
     for w, dim in zip(weights, dims, strict=True):
         if not 0 < w.numel() < 2**31 - 2**24:
             return "a weight has no elements or 2^31"
@@ -51,6 +63,12 @@ def why_not(
                 f"it takes contiguous or channels-last weights, got strides {w.stride()} of {tuple(w.shape)}"
             )
     return None
+
+
+def candidates(op: str) -> tuple[Candidate, ...]:
+    """How Triton can run `op`: spectral_norm or spectral_norm_bwd."""
+    reason = why_not if op == "spectral_norm" else why_not_bwd
+    return (Candidate("triton", globals()[op], reason, _triton.DEVICES),)
 
 
 @dataclass(frozen=True)
@@ -94,7 +112,7 @@ def _groups(count: int) -> Iterator[slice]:
     return (slice(first, first + MAX_LAYERS) for first in range(0, count, MAX_LAYERS))
 
 
-def forward(
+def spectral_norm(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
     vs: Sequence[Tensor],
@@ -102,7 +120,7 @@ def forward(
     n_power_iterations: int,
     eps: float,
 ) -> tuple[list[Tensor], Tensor]:
-    """ys, and u, v, sigma of every weight one after the other (float32 for 16-bit weights); us and vs are updated.
+    """Op `spectral_norm`: ys, and u, v, sigma of every weight (float32 for 16-bit weights); us and vs are updated.
 
     Two launches an iteration and one to divide; without iterations two.
     """
@@ -151,12 +169,14 @@ def _forward(
         )
 
 
-def backward(
+def spectral_norm_bwd(
     dys: Sequence[Tensor | None], weights: Sequence[Tensor], state: Tensor, dims: Sequence[int]
 ) -> list[Tensor | None]:
-    """The gradients of the weights that there is a dy of, in two launches."""
+    """Op `spectral_norm_bwd`: the gradients of the weights that there is a dy of, in two launches."""
     layers = _Layers(weights, dims)
-    states = state.split([sum(n) + 1 for n in zip(layers.rows, layers.columns, strict=True)])
+    states = state.to(state_dtype(state.dtype)).split(
+        [sum(n) + 1 for n in zip(layers.rows, layers.columns, strict=True)]
+    )
     dws: list[Tensor | None] = [
         None if dy is None else torch.empty_like(w) for dy, w in zip(dys, weights, strict=True)
     ]
