@@ -11,13 +11,15 @@ from benchmarks.model import Rates
 from benchmarks.model_kernels import BIAS_ACT, NORM
 
 
-def passes(*kernels: str) -> float:
-    """Passes over the activation of the norm's kernels, for one without residual; operands of channels do not count."""
+def passes(*kernels: str, **flags: float) -> float:
+    """Passes over the activation of norms' and activations' kernels; operands of channels do not count.
+
+    ``flags``: symbols of the kernels' formulas that are not 0. ``b``, of which masks are a part, is the bytes of an element.
+    """
     names = {name for family in (NORM, BIAS_ACT) for name in family.symbols}
-    sizes = dict.fromkeys(names, 0.0) | {"E": 1.0, "b": 1.0, "P": 1.0}
-    found = [kernel for kernel in NORM.kernels if kernel.name in kernels]
-    assert len(found) == len(kernels)
-    return sum(kernel.moved(sizes) for kernel in found)
+    sizes = dict.fromkeys(names, 0.0) | {"E": 1.0, "b": 1.0, "P": 1.0} | flags
+    own = {kernel.name: kernel for family in (NORM, BIAS_ACT) for kernel in family.kernels}
+    return sum(own[name].moved(sizes) for name in kernels) / sizes["b"]
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,22 @@ class Design:
         return (self.forward + self.backward) * itemsize
 
 
-_BACKWARD = passes("batch_norm_act_bwd_reduce", "batch_norm_act_bwd")
+_FWD = ("batch_norm_act_fwd",)
+_SWEEPS = ("batch_norm_act_stats", *_FWD)
+_BWD = ("batch_norm_act_bwd_reduce", "batch_norm_act_bwd")
+_SECOND = ("batch_norm_act_bwd_bwd_reduce", "batch_norm_act_bwd_bwd")
+_WHOLE_FWD, _WHOLE_BWD = ("batch_norm_act_whole_fwd",), ("batch_norm_act_whole_bwd",)
 _TWO_PASSES = Design(
-    "fuseblock: norm and activation in one, two sweeps over x",
-    passes("batch_norm_act_stats", "batch_norm_act_fwd"),
-    _BACKWARD,
-    2,
+    "fuseblock: norm and activation in one, two sweeps over x", passes(*_SWEEPS), passes(*_BWD), 2
 )
 _WHOLE = Design(
     "fuseblock: the same, one launch and one sweep, where a channel fits on chip",
-    passes("batch_norm_act_whole_fwd"),
-    passes("batch_norm_act_whole_bwd"),
+    passes(*_WHOLE_FWD),
+    passes(*_WHOLE_BWD),
     2,
 )
 _EPILOGUE = Design(
-    "fuseblock: statistics in the convolution's epilogue (`conv2d_stats`)",
-    passes("batch_norm_act_fwd"),
-    _BACKWARD,
-    2,
+    "fuseblock: statistics in the convolution's epilogue (`conv2d_stats`)", passes(*_FWD), passes(*_BWD), 2
 )
 #: PyTorch's are what its kernels read and write: statistics R; norm R + W; activation R + W; backward 2R + W, 2R, 2R + W.
 EAGER = Design("PyTorch, eager", 5, 8, 3)
@@ -71,7 +71,58 @@ DESIGNS = (
 )
 
 #: Norm's second derivative, with the activation: passes of PyTorch's composition, counted in a trace, and ours.
-SECOND_ORDER = (82, passes("batch_norm_act_bwd_bwd_reduce", "batch_norm_act_bwd_bwd"))
+SECOND_ORDER = (82, passes(*_SECOND))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A module of `fuseblock.nn` in training in float32, and who runs it: tests call it, and count.
+
+    Attributes:
+        module: the expression that makes it.
+        backend: "cuda" or "triton".
+        how: what is chosen, where there is a choice.
+        kernels: of norms and activations that run, in order: in forward, in backward and, where it is counted, in the
+            backward of the backward.
+        launches: of our kernels, in each of these.
+        small: launches at most of PyTorch's operations on what is small: operands of channels, weights, running statistics.
+        more: passes besides: PyTorch's own (the sum that is the gradient of a convolution's bias, an activation's gradient,
+            the sum of two gradients), and a residual that is read.
+        convolution: the Triton kernel that takes the convolution's place, "": PyTorch's convolution runs.
+    """
+
+    module: str
+    backend: str
+    how: str
+    kernels: tuple[tuple[str, ...], ...]
+    launches: tuple[int, ...]
+    small: tuple[int, ...]
+    more: tuple[int, ...] = (0, 0, 0)
+    convolution: str = ""
+
+    def passes(self, itemsize: int) -> list[float]:
+        """Over one activation, those of convolutions left out; masks count as what they are of ``itemsize`` bytes."""
+        masks = {"b": float(itemsize), "m": float(("bias_act",) in self.kernels)}
+        return [passes(*own, **masks) + more for own, more in zip(self.kernels, self.more, strict=False)]
+
+
+_CONV, _UP = "Conv2dBlock(8, 8, 3, 1, 1)", "ConvTranspose2dBlock(8, 8, 4, 2, 1)"
+_INSTANCE, _LEAKY = "Conv2dBlock(8, 8, 3, 1, 1, norm='instance')", "Conv2dBlock(8, 8, 3, 1, 1, norm=None)"
+_NORM, _CONV2D = "BatchNormAct2d(8, activation='relu')", "conv2d_stats, conv2d_act"
+_SUBPIXEL = "conv_transpose2d_subpixel"
+CALLS = (
+    Call(_CONV, "cuda", "two sweeps", (_SWEEPS, _BWD), (3, 3), (7, 2)),
+    Call(_CONV, "cuda", "one sweep", (_WHOLE_FWD, _WHOLE_BWD), (1, 1), (7, 2)),
+    Call(_CONV, "triton", "PyTorch's convolution", (_SWEEPS, _BWD), (3, 2), (11, 8)),
+    Call(_CONV, "triton", "`conv2d_stats`", (_FWD, _BWD), (3, 2), (12, 8), convolution=_CONV2D),
+    Call(_UP, "triton", f"`{_SUBPIXEL}`", (_FWD, _BWD), (3, 2), (12, 8), convolution=_SUBPIXEL),
+    Call(_INSTANCE, "cuda", "one sweep", (_WHOLE_FWD, _WHOLE_BWD), (1, 1), (1, 0)),
+    Call("ResidualBlock2d(8)", "cuda", "two sweeps", (_SWEEPS * 2, _BWD * 2), (6, 6), (14, 4), (1, 3)),
+    Call(_NORM, "cuda", "two sweeps", (_SWEEPS, _BWD, _SECOND), (3, 3, 3), (7, 2, 60)),
+    Call(_NORM, "triton", "two sweeps", (_SWEEPS, _BWD, _SECOND), (3, 2, 2), (11, 8, 61)),
+    Call(_LEAKY, "cuda", "PyTorch's convolution", (("bias_act",), ("bias_act_bwd",)), (1, 1), (0, 0), (0, 1)),
+    Call(_LEAKY, "triton", "`conv2d_act`", ((), ()), (1, 0), (1, 0), (0, 4), convolution=_CONV2D),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,8 +170,8 @@ class Block:
         """Of forward and backward between this convolution and the next."""
         if self.norm:
             return design.forward, design.backward
-        # The activation R + W. Backward, eager: activation 2R + W, the bias's gradient R; ours: R + W and a bit an element.
-        return (2, 4) if design is EAGER else (2 + 1 / 16, 2 + 1 / 16)
+        # The activation R + W. Backward, eager: activation 2R + W; ours: R + W and a bit an element. The bias's gradient: R.
+        return (2, 4) if design is EAGER else (2 + 1 / 16, 3 + 1 / 16)
 
     def seconds(self, design: Design, rates: Rates) -> tuple[float, float]:
         """Of forward and backward: two convolutions' worth of products there."""

@@ -281,7 +281,8 @@ NORM = Family(
         ),
     ),
     note=f"Read again: {_CHANNELS} in float32, coefficients of backward 3 and of the second order 9 more. The wholes take "
-    "the place of three launches where a channel fits into the shared memory of a cluster's blocks.",
+    "the place of three launches where a channel fits into the shared memory of a cluster's blocks. What PyTorch launches "
+    'between these kernels: "Blocks of GANs".',
 )
 
 BIAS_ACT = Family(
@@ -407,7 +408,8 @@ CONVOLUTION = Family(
         ),
     ),
     note="x is loaded once for every tap and block of output channels, the weight once for every block of pixels: from "
-    "cache after the first time. The weight is copied into the kernels' order before, W elements.",
+    "cache after the first time. The weight is copied into the kernels' order before: W elements read and written in a "
+    "launch of PyTorch's that is not counted here.",
 )
 
 FAMILIES = (GATES, RECURRENCE, NORM, BIAS_ACT, IMAGES, CONVOLUTION, SPECTRAL)

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import model_measured, model_resources
 from benchmarks.model import GPUS, Family, Kernel, Rates, evaluate, shown
-from benchmarks.model_blocks import BLOCKS, DESIGNS, EAGER, OURS, SECOND_ORDER
+from benchmarks.model_blocks import BLOCKS, CALLS, DESIGNS, EAGER, OURS, SECOND_ORDER
 from benchmarks.model_kernels import FAMILIES, is_known
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,8 +21,8 @@ _HEAD = """# Performance model
 Written by `python -m benchmarks model` from [benchmarks/model_kernels.py](../benchmarks/model_kernels.py); do not edit.
 For every GPU kernel: the bytes that it takes from memory and brings there, its operations and launches as formulas, and
 the time that these imply at least. **Nothing here was measured on a GPU** but what the last column of "Measured" says.
-The formulas of bytes are checked: tests run every kernel in an emulator or interpreter, count each load and store, and
-compare, within 5 % ([tests/ops/test_counted_passes.py](../tests/ops/test_counted_passes.py)).
+The formulas of bytes are checked: tests run every kernel, and whole blocks, in an emulator or interpreter, count each load
+and store, and compare, within 5 % ([tests/ops/test_counted_passes.py](../tests/ops/test_counted_passes.py)).
 
 *Read* is what is loaded once; *read again* what several blocks or neighbouring threads load: from memory the first time,
 from cache then. A floor is the larger of bytes and operations divided by what the GPU is assumed to achieve. It knows
@@ -124,6 +124,7 @@ def _blocks() -> Iterator[str]:
     stock, ours = SECOND_ORDER
     yield f"The norm's second derivative with its activation: {stock} passes composed, {ours:g} fused."
     yield ""
+    yield from _calls()
     h200 = GPUS[0]
     yield (
         f"Floors on {h200.name} in bfloat16, microseconds of forward + backward: the convolution at its own floor and the "
@@ -145,6 +146,36 @@ def _blocks() -> Iterator[str]:
             )
         rows.append(tuple(cells))
     yield from _table(head, rows)
+
+
+def _calls() -> Iterator[str]:
+    yield (
+        "What a call of a module moves and launches in training (float32), forward + backward, and + the norm's second "
+        "order: tests count all of it, PyTorch's own operations included "
+        "([tests/ops/test_counted_blocks.py](../tests/ops/test_counted_blocks.py)). PyTorch's convolutions are left out of "
+        "both, of Triton's the launch counts. Small launches, at most, are PyTorch's on operands of channels (running "
+        "statistics 6, coefficients between our kernels, gradients cast to the parameters' dtype) and, of a Triton "
+        "convolution, the copy of the weight into the kernels' order: W elements read and written. They move next to "
+        "nothing, but each takes some microseconds outside of a CUDA graph, and floors know nothing of them."
+    )
+    yield ""
+    head = ("module", "by", "what runs", "passes over an activation", "launches", "small launches")
+    rows = [
+        (
+            f"`{call.module}`",
+            call.backend,
+            call.how,
+            _sum(call.passes(4)),
+            _sum(call.launches),
+            _sum(call.small),
+        )
+        for call in CALLS
+    ]
+    yield from _table(head, rows)
+
+
+def _sum(figures: Sequence[float]) -> str:
+    return " + ".join(f"{figure:.3g}" for figure in figures)
 
 
 def _pair(seconds: tuple[float, float]) -> str:

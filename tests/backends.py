@@ -57,18 +57,17 @@ def available(name: str) -> Iterator[Forced]:
 
             install()
     if name == "cuda" and DEVICE == "cpu":
-        with _emulated_cuda():
+        from .emulator import load
+
+        with emulating(load()):
             yield Forced(name)
         return
     yield Forced(name)
 
 
 @contextmanager
-def _emulated_cuda() -> Iterator[None]:
-    """Put the emulated CUDA kernels in the place of the compiled ones."""
-    from .emulator import load
-
-    kernels = load()
+def emulating(kernels: Any) -> Iterator[None]:
+    """Put emulated CUDA kernels in the place of the compiled ones."""
     emulates = [op for op in dispatch.operators() if hasattr(kernels, op) or hasattr(per_step, op)]
     before = {op: dispatch.candidates(op) for op in emulates}
 

@@ -8,13 +8,19 @@ which more is loaded than that.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from fuseblock import ops
 
 #: Operands count as read again where more is loaded than this, compared with what is touched.
 ONCE = 1.05
@@ -127,3 +133,52 @@ def of_interpreted() -> Iterator[list[Launch]]:
         _traffic.launches = None
     for name, figures in counted:
         launches.append(Launch(name, [Traffic(*of_view) for of_view in figures if any(of_view)]))
+
+
+class PyTorchsLaunches(TorchDispatchMode):
+    """What PyTorch's own operations move, each of them one launch: those around our kernels and between them.
+
+    Views and bare allocations launch nothing. Of a convolution it notes the sum that is its bias's gradient, which CUDA
+    takes in a pass of its own, and nothing else.
+
+    Attributes:
+        launches: (name, bytes read and written) in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self:  # what these are made of
+            outputs = func.decompose(*args, **kwargs)
+            if outputs is not NotImplemented:
+                return outputs
+            if func.namespace == "fuseblock":
+                return getattr(ops, func._schema.name.removeprefix("fuseblock::"))._impl(*args, **kwargs)
+        outputs = func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        if name == "convolution_backward":
+            if args[-1][2]:
+                self.launches.append(("sum", args[0].nbytes))
+        elif name != "convolution" and not _is_view_or_empty(func):
+            tensors = [t for t in pytree.tree_leaves((args, kwargs, outputs)) if isinstance(t, torch.Tensor)]
+            self.launches.append((name, sum(t.nbytes for t in tensors)))
+        return outputs
+
+
+def _is_view_or_empty(func: Any) -> bool:
+    aliases = [value.alias_info for value in func._schema.returns]
+    return "empty" in func._schema.name or any(a is not None and not a.is_write for a in aliases)
+
+
+def unseen(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose operations `PyTorchsLaunches` does not see: how kernels are emulated or interpreted."""
+
+    @functools.wraps(function)
+    def hidden(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return hidden
