@@ -58,7 +58,7 @@ def why_not(x: Tensor) -> str | None:
 def why_not_chosen(x: Tensor) -> str | None:
     """`why_not` for operators that have something better on a CPU than the interpreter: that it is not forced."""
     reason = why_not(x)
-    if reason is None and x.device.type == "cpu" and dispatch.forced() != "triton":
+    if reason is None and x.device.type != "cuda" and dispatch.forced() != "triton":
         reason = "Triton's interpreter is for tests: backend('triton') forces it"
     return reason
 
