@@ -14,7 +14,6 @@ from torch import Tensor
 from fuseblock.kernels.conv2d_stats import combine_stats_kernel, conv2d_stats_fwd_kernel
 from fuseblock.kernels.conv_transpose2d_subpixel import conv_transpose2d_subpixel_fwd_kernel
 
-from .. import dispatch
 from .._activations import number
 from .._library import state_dtype
 from ..dispatch import Candidate
@@ -98,6 +97,11 @@ def steps_by_row(channels: int, taps_x: int) -> bool:
     return channels < 16 and channels * taps_x <= _ROW_PRODUCTS
 
 
+def tiles(is_backward: bool, layout: torch.memory_format) -> int:
+    """For how many accumulators `conv2d_stats_fwd_kernel` needs registers: contiguous input of a norm is a second one."""
+    return 2 if is_backward and layout == torch.contiguous_format else 1
+
+
 def _blocks(
     x: Tensor,
     pixels: int,
@@ -122,9 +126,7 @@ def precision_of(dtype: torch.dtype) -> str:
 
 def why_not(x: Tensor, weight: Tensor, *args: Any) -> str | None:
     """The reason why these kernels cannot take the arguments of an operator, or None."""
-    reason = _triton.why_not(x)
-    if reason is None and x.device.type == "cpu" and dispatch.forced() != "triton":
-        reason = "Triton's interpreter is for tests: backend('triton') forces it"
+    reason = _triton.why_not_chosen(x)
     if reason is None and weight.shape[2] * weight.shape[3] > _MOST_TAPS:
         reason = f"a kernel of {weight.shape[2]} x {weight.shape[3]} has more than {_MOST_TAPS} taps"
     n, channels, h, w = x.shape
@@ -263,8 +265,9 @@ def _conv2d(
     pixels, out_channels = n * out_h * out_w, all_out // groups
     precision = precision_of(x.dtype)
     in_rows = steps_by_row(channels, taps_x)
+    in_step = taps_x * channels if in_rows else channels
     blocks = _blocks(
-        x, pixels, taps_x * channels if in_rows else channels, out_channels, precision, 1, around
+        x, pixels, in_step, out_channels, precision, tiles(around.norm is not None, layout), around
     )
     rows = triton.cdiv(pixels, blocks.m)
     y, partial = _outputs(x, (n, all_out, out_h, out_w), rows, around)
