@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -155,6 +156,21 @@ def test_large_leaky_relus_behind_convolutions_save_bits() -> None:
         y = model(x)
     sizes = sorted(t.numel() * t.itemsize for t in kept)
     assert sizes == sorted([x.numel() * 4, model[0].weight.numel() * 4, y.numel() // 8])
+
+
+@pytest.mark.parametrize("normalise", [fuseblock.nn.spectral_norm, nn.utils.spectral_norm])
+def test_convolutions_under_spectral_norm_are_overwritten_too(normalise: Any) -> None:
+    """Its hooks do not see what a convolution returns."""
+    model = nn.Sequential(normalise(nn.Conv2d(3, 16, 3, padding=1)), nn.LeakyReLU(0.2))
+    fused, x = copy.deepcopy(model), torch.randn(2, 3, 64, 64)
+    fuseblock.fuse(fused, verbose=False)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = fused(x)
+    sizes = {t.numel() * t.itemsize for t in kept}
+    assert y.numel() // 8 in sizes
+    assert y.numel() * 4 not in sizes
+    torch.testing.assert_close(y, model(x))
 
 
 def test_what_the_next_convolution_keeps_is_kept_once() -> None:

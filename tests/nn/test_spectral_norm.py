@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import pickle
 from collections.abc import Iterator
@@ -433,6 +434,29 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="already"):
         spectral_norm(partly)
     assert isinstance(partly[0].weight, torch.nn.Parameter), "nothing is changed before an error"
+
+
+def test_replicas_of_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each normalises its own layers; the first one's u and v are the model's."""
+    module = importlib.import_module("torch.nn.parallel.replicate")
+
+    def copies(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
+        kept = [t.detach() if detach else t for t in tensors]  # of the first device they are the same
+        return [kept, *([t.clone() for t in kept] for _ in devices[1:])]
+
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", copies)
+    monkeypatch.setattr(module, "_get_device_index", lambda device, optional: device)
+    x = torch.randn(2, 3, 8, 8)
+    mine, other = pair()[1], pair()[1]
+    first, second = module.replicate(mine, [0, 1])
+    assert torch.equal(first(x), second(x))
+    mine.load_state_dict(other.state_dict())
+    first, second = module.replicate(mine, [0, 1])
+    first(x).square().sum().backward()
+    other(x).square().sum().backward()
+    assert_same_gradients(mine, other)
+    assert_same_state(mine, other)
+    assert not any("weight" in m.__dict__ for model in (mine, first) for m in model.modules())
 
 
 def distributed_worker(rank: int, folder: str, broadcast_buffers: bool) -> None:

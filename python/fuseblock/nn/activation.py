@@ -11,6 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import dispatch, functional
 from .._rectifier import can_rectify, rectify, rectify_over
+from ._weight_hooks import see_calls
 
 
 class ReLU(torch.nn.ReLU):
@@ -64,7 +65,7 @@ def unusual(module: torch.nn.Module) -> bool:
 def shows_output(module: torch.nn.Module) -> bool:
     """Whether others may see, or make, what a call of the module returns."""
     return bool(
-        module._forward_hooks
+        (module._forward_hooks and see_calls(module._forward_hooks.values()))
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__

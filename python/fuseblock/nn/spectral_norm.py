@@ -57,6 +57,8 @@ def spectral_norm(
     both when it is built; with ``broadcast_buffers=False`` it does not, and the ranks have to be seeded alike. The graph
     does not refer to the buffers, so that their broadcast in every forward does no harm to two forwards before one backward.
 
+    Under `torch.nn.DataParallel` every replica normalises its layers one by one; the model keeps the first one's u and v.
+
     Args:
         model: any module; wrappers (`DistributedDataParallel`) go around it afterwards.
         name: name of the weight in each layer.
@@ -91,7 +93,7 @@ def spectral_norm(
         )
     for layer in layers:
         _check(layer, name, dim)
-    _SpectralNorm(model, name, n_power_iterations, eps, [(layer, _dim(layer, dim)) for layer in layers])
+    BatchedSpectralNorm(model, name, n_power_iterations, eps, dim, layers)
     return model
 
 
@@ -114,9 +116,9 @@ def remove_spectral_norm(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def _states(model: torch.nn.Module) -> list[_SpectralNorm]:
+def _states(model: torch.nn.Module) -> list[BatchedSpectralNorm]:
     owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
-    return [owner for owner in owners if isinstance(owner, _SpectralNorm) and owner.model is model]
+    return [owner for owner in owners if isinstance(owner, BatchedSpectralNorm) and owner.model is model]
 
 
 def _has(layer: torch.nn.Module, name: str) -> bool:
@@ -145,7 +147,7 @@ def _dim(layer: torch.nn.Module, dim: int | None) -> int:
     return dim
 
 
-class _SpectralNorm:
+class BatchedSpectralNorm:
     """The hooks of one call of `spectral_norm`, and what they need.
 
     An object, not closures: it is copied and pickled together with the model, and then belongs to the copy.
@@ -157,18 +159,19 @@ class _SpectralNorm:
         name: str,
         n_power_iterations: int,
         eps: float,
-        layers: list[tuple[torch.nn.Module, int]],
+        dim: int | None,
+        layers: list[torch.nn.Module],
     ) -> None:
         self.model, self.name, self.n_power_iterations, self.eps = model, name, n_power_iterations, eps
-        self.dims = dict(layers)
+        self.dim, self.layers = dim, layers
         self.handles: list[RemovableHandle] = []
         # The weights of the last forward that a checkpoint without reentry (or another user of saved-tensor hooks) may
         # recompute the layer with: what the graph refers to must be the same tensors.
         self.checkpointed: dict[torch.nn.Module, Tensor] = {}
         #: Layers that have normalised their weight themselves, in a call of their own that is running.
         self.alone: set[torch.nn.Module] = set()
-        for layer, dim in layers:
-            self._convert(layer, dim)
+        for layer in layers:
+            self._convert(layer, _dim(layer, dim))
             self.handles += [
                 layer.register_load_state_dict_pre_hook(self._translate),
                 layer.register_forward_pre_hook(self._before_layer),
@@ -201,7 +204,7 @@ class _SpectralNorm:
             [getattr(layer, f"{name}_orig") for layer in layers],
             [getattr(layer, f"{name}_u") for layer in layers],
             [getattr(layer, f"{name}_v") for layer in layers],
-            dims=[self.dims[layer] for layer in layers],
+            dims=[_dim(layer, self.dim) for layer in layers],
             n_power_iterations=n_power_iterations,
             eps=self.eps,
         )
@@ -212,8 +215,8 @@ class _SpectralNorm:
         if model is not self.model:
             return  # a replica of DataParallel, whose layers help themselves
         update = not _recomputing()
-        training = [layer for layer in self.dims if layer.training and update]
-        frozen = [layer for layer in self.dims if not (layer.training and update)]
+        training = [layer for layer in self.layers if layer.training and update]
+        frozen = [layer for layer in self.layers if not (layer.training and update)]
         if training:
             self._set_weights(training, self.n_power_iterations)
         if frozen:
@@ -221,7 +224,7 @@ class _SpectralNorm:
 
     def _after_model(self, model: torch.nn.Module, args: Any, output: Any) -> None:
         if model is self.model:
-            for layer in self.dims:
+            for layer in self.layers:
                 layer.__dict__.pop(self.name, None)
 
     def _before_layer(self, layer: torch.nn.Module, args: Any) -> None:
@@ -254,8 +257,8 @@ class _SpectralNorm:
         for handle in self.handles:
             handle.remove()
         with torch.no_grad():
-            self._set_weights(list(self.dims), 0)
-            for layer in self.dims:
+            self._set_weights(self.layers, 0)
+            for layer in self.layers:
                 parameter = layer._parameters[f"{name}_orig"]
                 assert parameter is not None
                 parameter.copy_(layer.__dict__.pop(name))
