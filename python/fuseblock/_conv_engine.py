@@ -1,9 +1,11 @@
-"""The engine of a convolution and of what stands behind it in a block.
+"""The engine of a convolution and of what stands behind or before it in a block.
 
 ``aten``: PyTorch's convolution, then a fused norm or an activation. ``triton``: a kernel of ours that does some of that too:
 
     conv_norm_act   behind it a batch norm in training, and its activation: the convolution's epilogue takes the statistics
     conv_act        behind it an activation: the epilogue applies it
+    norm_act_conv   before it a batch norm in training, and its activation: the input gradient's epilogue goes through the
+                    activation and adds up the norm's sums
 
 So tables of measurements call them (`_tables`). On a GPU the faster by its table is taken, and where that says nothing
 PyTorch's, as everywhere else. A forced backend ``triton`` takes ours wherever it can run.
@@ -26,6 +28,7 @@ from ._library import forward_mode_active, wants_gradient
 from .ops._questions import of_convolution
 from .ops.conv2d_act import ACTIVATIONS
 from .ops.conv_transpose2d_subpixel import GEOMETRY as SUBPIXEL
+from .ops.norm_act_conv_bwd import why_not_geometry
 
 _MEASURED: ContextVar[str] = ContextVar("fuseblock_conv_engine", default="")
 
@@ -41,13 +44,13 @@ def measuring(engine: str) -> Iterator[None]:
 
 
 class Call(NamedTuple):
-    """A convolution with what stands behind it.
+    """A convolution with what stands behind or before it.
 
     Attributes:
-        op: ``conv_norm_act`` or ``conv_act``.
-        x, weight, bias: the convolution's tensors.
+        op: ``conv_norm_act``, ``conv_act`` or ``norm_act_conv``.
+        x, weight, bias: the convolution's tensors; of ``norm_act_conv``, x is the norm's, which is like the convolution's.
         geometry: how it runs.
-        activation, negative_slope: behind it, of ``conv_act``; that of a norm is the norm's.
+        activation, negative_slope: behind it, of ``conv_act``; before it, of ``norm_act_conv``.
     """
 
     op: str
@@ -64,6 +67,11 @@ class Call(NamedTuple):
         return torch.get_autocast_dtype(self._autocasts) if self.is_cast else self.x.dtype
 
     @property
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in that dtype."""
+        return self.weight.to(self.dtype), None if self.bias is None else self.bias.to(self.dtype)
+
+    @property
     def is_cast(self) -> bool:
         """Whether autocast casts the tensors."""
         return self.x.dtype is not torch.float64 and torch.is_autocast_enabled(self._autocasts)
@@ -76,8 +84,8 @@ class Call(NamedTuple):
     @property
     def operator(self) -> str:
         """The operator of ours that would run it."""
-        if self.op == "conv_act":
-            return "conv2d_act"
+        if self.op != "conv_norm_act":
+            return {"conv_act": "conv2d_act", "norm_act_conv": "norm_act_conv_bwd"}[self.op]
         return "conv_transpose2d_subpixel" if self.geometry.transposed else "conv2d_stats"
 
 
@@ -128,7 +136,14 @@ def _why_not_geometry(call: Call) -> str | None:
         return "transposed, it takes kernel 4, stride 2, padding 1 and no groups"
     if call.op == "conv_norm_act" and geometry.groups != 1:
         return "groups before a batch norm"
-    if activation not in ACTIVATIONS or negative_slope < 0:
+    if call.op == "norm_act_conv":
+        if activation == "prelu":
+            return "prelu's slope has a gradient, too"
+        if call.dtype is not x.dtype:
+            return "autocast casts between norm and convolution"
+        if (reason := why_not_geometry(geometry, weight.shape[2:], x.shape[2:])) is not None:
+            return reason
+    elif activation not in ACTIVATIONS or negative_slope < 0:
         return f"the result of {activation} does not tell its derivative"
     channels = weight.shape[0] if geometry.transposed else weight.shape[1] * geometry.groups
     fits = all(

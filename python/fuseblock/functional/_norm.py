@@ -105,7 +105,7 @@ def batch_norm_act(
     # Like PyTorch, an empty batch leaves them as they are; with a group another rank may have values.
     updates = training and (x.numel() > 0 or group != "")
     if updates and running_mean is not None and running_var is not None:
-        _update(running_mean, running_var, mean, var, count, momentum)
+        move_running(running_mean, running_var, mean, var, count, momentum)
     return y
 
 
@@ -118,9 +118,10 @@ def _check_running(x: Tensor, running_mean: Tensor | None, running_var: Tensor |
 
 
 @torch.no_grad()
-def _update(
+def move_running(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor, momentum: float
 ) -> None:
+    """Move running statistics towards those of a batch (var biased) of ``count`` values, in place."""
     running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
     unbiased = var.detach() * (count / (count - 1))
     running_var.lerp_(unbiased.to(running_var.dtype), momentum)

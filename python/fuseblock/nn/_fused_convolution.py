@@ -1,4 +1,4 @@
-"""A convolution module that runs together with what stands behind it, where `_conv_engine` says so."""
+"""A convolution module that runs together with what stands behind or before it, where `_conv_engine` says so."""
 
 from __future__ import annotations
 
@@ -11,24 +11,33 @@ from torch import Tensor
 from .. import functional
 from .._conv_engine import Call, choose, may_choose
 from .._convolution import Geometry
+from .._library import wants_gradient
 from .activation import name_of, shows_output, unusual
 from .conv import Conv2d, ConvTranspose2d
 from .norm_act import BatchNormAct2d, joins
 
 
-def call_of(conv: Any, follower: torch.nn.Module | None, x: Tensor) -> Call | str:
-    """What conv and the module behind it may run together, or the reason why they run apart."""
+def geometry_of(conv: torch.nn.Module | None) -> Geometry | str:
+    """How a convolution of this package runs, or the reason why nothing can run with it."""
     if type(conv) not in (Conv2d, ConvTranspose2d):
         return f"{type(conv).__name__} is no convolution of two dimensions of this package (`fuse` swaps PyTorch's)"
+    assert isinstance(conv, (Conv2d, ConvTranspose2d))
     if conv._forward_pre_hooks or shows_output(conv):
         return "somebody sees what the convolution takes or returns"
-    if follower is None or unusual(follower):
-        return "nothing is behind the convolution that would run with it"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding is {conv.padding!r}, {conv.padding_mode}"
-    geometry = Geometry(
+    return Geometry(
         conv.stride, conv.padding, conv.dilation, conv.transposed, conv.output_padding, conv.groups
     )
+
+
+def call_of(conv: Any, follower: torch.nn.Module | None, x: Tensor) -> Call | str:
+    """What conv and the module behind it may run together, or the reason why they run apart."""
+    geometry = geometry_of(conv)
+    if isinstance(geometry, str):
+        return geometry
+    if follower is None or unusual(follower):
+        return "nothing is behind the convolution that would run with it"
     tensors = x, conv.weight, conv.bias
     if type(follower) is BatchNormAct2d:
         if not follower.takes_statistics or follower.applies:
@@ -40,6 +49,18 @@ def call_of(conv: Any, follower: torch.nn.Module | None, x: Tensor) -> Call | st
     return Call("conv_act", *tensors, geometry, activation, getattr(follower, "negative_slope", 0.0))
 
 
+def call_into(norm: torch.nn.Module, act: torch.nn.Module | None, conv: Any, x: Tensor) -> Call | str:
+    """What a norm of x, its activation (None: its own) and conv behind them may run together, or why they run apart."""
+    if type(norm) is not BatchNormAct2d or unusual(norm) or not norm.takes_statistics or norm.applies:
+        return "before the convolution is no batch norm of this batch alone"
+    geometry = geometry_of(conv)
+    if isinstance(geometry, str):
+        return geometry
+    before = norm._activation_arguments(act)
+    activation = before["activation"], before["negative_slope"]
+    return Call("norm_act_conv", x, conv.weight, conv.bias, geometry, *activation)
+
+
 def through(
     conv: Any, followers: Sequence[torch.nn.Module], x: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, int] | None:
@@ -49,20 +70,75 @@ def through(
     """
     if not may_choose(x) or not followers:
         return None
-    norm = followers[0]
-    call = call_of(conv, norm, x)
+    call = call_of(conv, followers[0], x)
     if isinstance(call, str) or choose(call)[0] != "triton":
         return None
     _, _, weight, bias, geometry, activation, negative_slope = call
-    if isinstance(norm, BatchNormAct2d):
-        if geometry.transposed:
-            y, *statistics = functional.conv_transpose2d_subpixel(x, weight, bias)
-        else:
-            y, *statistics = functional.conv2d_stats(x, weight, bias, geometry.stride, geometry.padding)
-        act = followers[1] if len(followers) > 1 and joins(norm, followers[1]) else None
-        mean, var = statistics
-        return norm.activated(y, act, residual, (mean, var)), 1 if act is None else 2
+    if call.op == "conv_norm_act":
+        y, *statistics = _with_statistics(x, weight, bias, geometry)
+        return _normalised(followers, y, residual, (statistics[0], statistics[1]))
     if geometry.transposed:
         return functional.conv_transpose2d_act(x, weight, bias, activation, negative_slope), 1
     shape = geometry.stride, geometry.padding, geometry.groups
     return functional.conv2d_act(x, weight, bias, *shape, activation, negative_slope), 1
+
+
+def _with_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A convolution with mean and variance of its result."""
+    if geometry.transposed:
+        return functional.conv_transpose2d_subpixel(x, weight, bias)
+    return functional.conv2d_stats(x, weight, bias, geometry.stride, geometry.padding)
+
+
+def _normalised(
+    modules: Sequence[torch.nn.Module],
+    x: Tensor,
+    residual: Tensor | None,
+    statistics: tuple[Tensor, Tensor],
+) -> tuple[Tensor, int]:
+    """(result, number of modules in it) of a norm and modules behind it, of x with these statistics."""
+    norm, *followers = modules
+    assert isinstance(norm, BatchNormAct2d)
+    fused = into_convolution(norm, followers, x, statistics) if residual is None else None
+    if fused is not None:
+        return fused[0], 1 + fused[1]
+    act = followers[0] if followers and joins(norm, followers[0]) else None
+    return norm.activated(x, act, residual, statistics), 1 if act is None else 2
+
+
+def into_convolution(
+    norm: BatchNormAct2d,
+    followers: Sequence[torch.nn.Module],
+    x: Tensor,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, int] | None:
+    """(result, number of followers in it) of a norm whose backward runs with that of the convolution behind it.
+
+    None where both are to run apart. ``statistics``: mean and variance of x, where its producer gives them.
+    """
+    if not may_choose(x) or not wants_gradient((x, norm.weight, norm.bias)):
+        return None
+    act = followers[0] if followers and joins(norm, followers[0]) else None
+    behind = [*followers[0 if act is None else 1 :]]
+    conv = behind.pop(0) if behind else None
+    call = call_into(norm, act, conv, x)
+    if isinstance(call, str) or choose(call)[0] != "triton":
+        return None
+    forward = call_of(conv, behind[0] if behind else None, x)
+    is_ours = not isinstance(forward, str) and choose(forward)[0] == "triton"
+    if is_ours and forward.op == "conv_act":  # type: ignore[union-attr]
+        return None  # an activation in the convolution's epilogue saves more
+
+    def convolve(a: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        if is_ours:
+            return _with_statistics(a, weight, bias, call.geometry)
+        return (torch.convolution(a, weight, bias, *call.geometry),)
+
+    y, *of_y = norm.convolved(x, call, convolve, statistics)
+    taken = len(followers) - len(behind)
+    if not of_y:
+        return y, taken
+    result, more = _normalised(behind, y, None, (of_y[0], of_y[1]))
+    return result, taken + more

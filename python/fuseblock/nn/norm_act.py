@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .. import dispatch, functional
+from .. import _norm_convolution, dispatch, functional
 from .._activations import activate, check_activation
 from .._batch_norm_node import FEW_ELEMENTS, IN_PLACE
+from .._conv_engine import Call
+from .._norm_convolution import Convolve
+from ..functional._norm import move_running
 from .activation import mark, name_of, unusual
 
 
@@ -103,6 +106,34 @@ class _BatchNormAct(_WithActivation, torch.nn.modules.batchnorm._BatchNorm):
         of_batch = self.training or (self.running_mean is None and self.running_var is None)
         return of_batch and self.process_group is None
 
+    def _count(self) -> float:
+        """Count a batch, in training; how far the running statistics move towards its own."""
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        return momentum
+
+    def convolved(
+        self,
+        input: Tensor,
+        call: Call,
+        convolve: Convolve,
+        statistics: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """The results of ``convolve``, of act(batch_norm(input)) in training, as one node; the activation is the call's."""
+        self._check_input_dim(input)
+        momentum = self._count()
+        given = (None, None) if statistics is None else statistics
+        act = call.activation, call.negative_slope
+        results, (mean, var, count) = _norm_convolution.run(
+            input, self.weight, self.bias, *call.operands, call.geometry, convolve, given, self.eps, *act
+        )
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            move_running(self.running_mean, self.running_var, mean, var, count, momentum)
+        return results
+
     def activated(
         self,
         input: Tensor,
@@ -123,11 +154,6 @@ class _BatchNormAct(_WithActivation, torch.nn.modules.batchnorm._BatchNorm):
                 return y
         self._check_input_dim(input)
         tracked = self.track_running_stats or not self.training
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
         return functional.batch_norm_act(
             input,
             self.weight,
@@ -136,7 +162,7 @@ class _BatchNormAct(_WithActivation, torch.nn.modules.batchnorm._BatchNorm):
             running_mean=self.running_mean if tracked else None,
             running_var=self.running_var if tracked else None,
             training=self.training or (self.running_mean is None and self.running_var is None),
-            momentum=momentum,
+            momentum=self._count(),
             eps=self.eps,
             process_group=self.process_group,
             statistics=statistics,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._fused_convolution import through
+from ._fused_convolution import into_convolution, through
 from .activation import LeakyReLU, ReLU, activate_over, shows_output
 from .conv import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
 from .norm_act import (
@@ -38,7 +38,11 @@ class Sequential(torch.nn.Sequential):
         while modules:
             module = modules.pop(0)
             follower = modules[0] if modules else None
-            fused = through(module, modules, input) if type(module) in _CONVOLUTIONS else None
+            fused = None
+            if type(module) in _CONVOLUTIONS:
+                fused = through(module, modules, input)
+            elif type(module) is BatchNormAct2d:
+                fused = into_convolution(module, modules, input)
             if fused is not None:
                 input, taken = fused
                 del modules[:taken]
