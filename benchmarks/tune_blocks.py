@@ -1,6 +1,6 @@
 """What `benchmarks.tune` measures of convolution blocks: PyTorch's convolution with a fused norm or activation behind it
 (``aten``) against one kernel of ours that does some of that too (``triton``), see `fuseblock._conv_engine`; and before that
-the kernels of ours against each other.
+the kernels of ours against each other. Of ``norm_act_conv``, the norm and its activation are before the convolution.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.parity import Results
 from benchmarks.tune_passes import OperatorQuestion
 from benchmarks.tune_questions import PRECISIONS, Contest, Question, Rival, is_named, keyed
 from fuseblock import _conv_engine, _tables
-from fuseblock.nn._fused_convolution import call_of
+from fuseblock.nn._fused_convolution import call_into, call_of
 
 ENGINES = ("aten", "triton")
 
@@ -75,20 +75,21 @@ class BlockCase:
         grown = self.stride if self.transposed else 1
         return self.batch * self.image**2 * max(self.channels, self.out_channels * grown**2)
 
-    def build(self, **factory: Any) -> nn.Sequential:
-        """The block of stock modules."""
+    def build(self, op: str, **factory: Any) -> nn.Sequential:
+        """The block of stock modules, in the order of ``op``."""
         kind = nn.ConvTranspose2d if self.transposed else nn.Conv2d
         sizes = self.channels, self.out_channels, self.kernel, self.stride, self.padding
-        modules: list[nn.Module] = [kind(*sizes, groups=self.groups, bias=not self.norm, **factory)]
-        if self.norm:
-            modules.append(nn.BatchNorm2d(self.out_channels, **factory))
-        modules.append(nn.LeakyReLU(0.2) if self.activation == "leaky_relu" else nn.Tanh())
-        return nn.Sequential(*modules)
+        conv = kind(*sizes, groups=self.groups, bias=not self.norm, **factory)
+        act = nn.LeakyReLU(0.2) if self.activation == "leaky_relu" else nn.Tanh()
+        if op == "norm_act_conv":
+            return nn.Sequential(nn.BatchNorm2d(self.channels, **factory), act, conv)
+        norms = [nn.BatchNorm2d(self.out_channels, **factory)] if self.norm else []
+        return nn.Sequential(conv, *norms, act)
 
 
 @dataclass(frozen=True)
 class BlockQuestion(Question):
-    """A block in a dtype: ``forward`` without gradients, or ``train``."""
+    """A block in a dtype: ``forward`` without gradients, or ``train``, which alone ``norm_act_conv`` is about."""
 
     case: BlockCase  # type: ignore[assignment]
 
@@ -96,7 +97,7 @@ class BlockQuestion(Question):
         """(stock block, input)."""
         torch.manual_seed(seed)
         case, layout = self.case, torch.channels_last if self.case.channels_last else torch.contiguous_format
-        block = case.build(device=device).to(self.dtype).to(memory_format=layout)
+        block = case.build(self.op, device=device).to(self.dtype).to(memory_format=layout)
         shape = case.batch, case.channels, case.image, case.image
         x = torch.randn(shape, device=device).to(self.dtype).contiguous(memory_format=layout)
         return block, x.requires_grad_(self.mode == "train")
@@ -182,7 +183,8 @@ def _call(block: nn.Sequential, x: Tensor) -> _conv_engine.Call:
     """The call that a block makes of its convolution."""
     fused = copy.deepcopy(block)
     fuseblock.fuse(fused, verbose=False)
-    call = call_of(fused[0], fused[1], x)
+    is_before = isinstance(fused[0], nn.BatchNorm2d)
+    call = call_into(*fused, x) if is_before else call_of(fused[0], fused[1], x)
     assert isinstance(call, _conv_engine.Call), call
     return call
 
@@ -254,3 +256,5 @@ def _questions(precisions: Iterable[str], patterns: list[str] | None) -> Iterato
             for case in named:
                 for mode in ("train", "forward"):
                     yield BlockQuestion("conv_norm_act" if case.norm else "conv_act", case, mode, precision)
+                if case.norm:
+                    yield BlockQuestion("norm_act_conv", case, "train", precision)
