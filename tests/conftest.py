@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -34,6 +35,18 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("it is neither interpreted nor emulated on this machine")
     with available(request.param), fuseblock.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite measures next to nothing."""
+    from .benchmarks_package import load
+
+    timing = load("timing")
+    monkeypatch.setattr(timing, "SAMPLE_S", 1e-4)
+    monkeypatch.setattr(timing, "SETTLE_S", 0)
+    monkeypatch.setattr(timing, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

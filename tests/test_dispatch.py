@@ -156,6 +156,11 @@ def test_explain_refuses_arguments_that_are_not_the_calls() -> None:
         fuseblock.explain("lstm_gates", GATES, [1.0])
     with pytest.raises(TypeError, match=r"expects .*, got \(Tensor, c=Tensor\)"):
         fuseblock.explain("lstm_gates", GATES, c=C)
+    image, weight = torch.zeros(3, 6, 6), torch.zeros(4, 3, 3, 3)
+    with pytest.raises(
+        ValueError, match=r"conv2d_stats: expected x of shape \(N, 3, H, W\), got \(3, 6, 6\)"
+    ):
+        fuseblock.explain("conv2d_stats", image, weight, None, 1, 1, 0, 0, None, None, "identity", 0.0)
     with pytest.raises(TypeError, match="missing a required argument: 'input'"):
         fuseblock.explain("lstm")
     with pytest.raises(TypeError, match="unexpected keyword argument 'length'"):

@@ -390,6 +390,7 @@ def test_every_call_is_checked() -> None:
         fuseblock.graphed(lambda x: x, device="meta")(torch.zeros(3))
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_compiled_modules() -> None:
     """Dynamo traces hooks of modules, which must not show it what they keep."""
     model = torch.compile(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), backend="eager")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ from .benchmarks_package import load
 
 tune, questions, cases, cli = (load(name) for name in ("tune", "tune_questions", "cases", "cli"))
 
+pytestmark = pytest.mark.usefixtures("short_samples")
+
 SMALL = cases.Case("small", "tests", 5, 3, 2, 4, 2, bidirectional=True)
 RAGGED = cases.Case("ragged", "tests", 5, 3, 4, 6, proj=3, fill=0.5)
 
@@ -30,15 +31,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    timing = load("timing")
-    monkeypatch.setattr(timing, "SAMPLE_S", 1e-4)
-    monkeypatch.setattr(timing, "SETTLE_S", 0)
-    monkeypatch.setattr(timing, "MIN_ROUNDS", 2)
-    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 @pytest.fixture(autouse=True)

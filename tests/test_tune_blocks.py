@@ -21,18 +21,12 @@ from .tables import entry, table
 
 tune, blocks = load("tune"), load("tune_blocks")
 
+pytestmark = pytest.mark.usefixtures("short_samples")
+
 SMALL = blocks.BlockCase("small", 3, 4, 4, 2, 1, 6, 2)
 UP = blocks.BlockCase(
     "up", 4, 3, 4, 2, 1, 3, 2, transposed=True, norm=False, activation="tanh", channels_last=False
 )
-
-
-@pytest.fixture(autouse=True)
-def _short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    timing = load("timing")
-    monkeypatch.setattr(timing, "SAMPLE_S", 1e-4)
-    monkeypatch.setattr(timing, "SETTLE_S", 0)
-    monkeypatch.setattr(timing, "MIN_ROUNDS", 2)
 
 
 def ask(precisions: Any, patterns: Any) -> Any:

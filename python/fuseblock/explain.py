@@ -62,7 +62,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         blocks on a GPU (``"block"``), and a `nn.ReLU` is, but for its gradient.
 
     Raises:
-        ValueError: no such operator. TypeError: these are not its arguments.
+        ValueError: no such operator. TypeError: these are not its arguments. What an operator raises of their shapes.
     """
     if op == "lstm":
         call = inspect.signature(functional.lstm).bind(*args, **kwargs)
@@ -124,8 +124,9 @@ def _explain_operator(op: str, args: tuple[Any, ...], name: str = "") -> Explana
 
 
 def _check_arguments(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise TypeError unless these are the positional arguments of the operator."""
-    wanted = getattr(torch.ops.fuseblock, op).default._schema.arguments
+    """Raise TypeError unless these are the positional arguments of the operator, and what it raises of their shapes."""
+    operator = getattr(torch.ops.fuseblock, op).default
+    wanted = operator._schema.arguments
     fits = not kwargs and len(args) == len(wanted)
     for argument, given in zip(wanted, args, strict=False):
         fits &= isinstance(given, Tensor) or not isinstance(argument.type, torch.TensorType)
@@ -133,6 +134,8 @@ def _check_arguments(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         expected = ", ".join(f"{argument.type} {argument.name}" for argument in wanted)
         got = [type(x).__name__ for x in args] + [f"{k}={type(x).__name__}" for k, x in kwargs.items()]
         raise TypeError(f"explain: {op} expects ({expected}), got ({', '.join(got)})")
+    with torch.no_grad():
+        operator(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
 
 
 def _explain_layer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -329,7 +330,10 @@ class _Watch:
             register_optimizer_step_pre_hook(optimizer_steps),
         )
         try:
-            yield
+            with warnings.catch_warnings():
+                # What it warns of, hooks that fire once more for a compiled module, is nothing here.
+                warnings.filterwarnings("ignore", r".*when there are global hooks on modules", UserWarning)
+                yield
         finally:
             for hook in hooks:
                 hook.remove()

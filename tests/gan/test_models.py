@@ -51,6 +51,37 @@ def test_dcgan_shapes(size):
     assert [block[0].out_channels for block in list(discriminator)[:-1]] == widths
 
 
+def weights_init(m):
+    """As it stands in PyTorch's DCGAN tutorial."""
+    classname = m.__class__.__name__
+    if classname.find("Conv") != -1:
+        nn.init.normal_(m.weight.data, 0.0, 0.02)
+    elif classname.find("BatchNorm") != -1:
+        nn.init.normal_(m.weight.data, 1.0, 0.02)
+        nn.init.constant_(m.bias.data, 0)
+
+
+def test_initialisations_by_names_of_classes():
+    """They take blocks for convolutions."""
+    for model in (gan.DCGANGenerator(32, width=8), gan.DCGANDiscriminator(32, width=8)):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(7.0)
+        names = [name for name, _ in model.named_parameters()]
+        model.apply(weights_init)
+        assert [name for name, _ in model.named_parameters()] == names
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                assert 0.01 < float(module.weight.detach().std()) < 0.03
+            if isinstance(module, nn.BatchNorm2d):
+                assert abs(float(module.weight.detach().mean()) - 1) < 0.05
+                assert not module.bias.any()
+    block = model[0]
+    assert block.weight is block[0].weight and block.bias is block[0].bias
+    block[0] = nn.Identity()
+    assert not hasattr(block, "weight")
+
+
 def test_dcgan_64_is_the_papers():
     """1024, 512, 256, 128 channels at 4, 8, 16, 32 pixels (figure 1)."""
     generator = gan.DCGANGenerator(64, width=128)

@@ -108,7 +108,7 @@ def test_evaluation_hooks_and_others_run_apart(ran: list[str]) -> None:
 
 @pytest.mark.usefixtures("triton")
 def test_residual_blocks(ran: list[str]) -> None:
-    for mode, norm in (("same", "batch"), ("up", "batch"), ("down", None)):
+    for mode, norm in (("same", "batch"), ("up", "batch"), ("down", None), ("same", None)):
         torch.manual_seed(0)
         block = fuseblock.nn.ResidualBlock2d(3, mode=mode, norm=norm, activation="relu").double().to(DEVICE)
         other = copy.deepcopy(block)
@@ -118,7 +118,7 @@ def test_residual_blocks(ran: list[str]) -> None:
             want = everything(other, x)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
-    assert ran == ["conv2d_stats", "conv2d_stats", "conv2d_stats"]
+    assert ran == ["conv2d_stats", "conv2d_stats", "conv2d_stats", "conv2d_act", "conv2d_act"]
 
 
 @pytest.mark.usefixtures("triton")

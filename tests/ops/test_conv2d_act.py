@@ -180,6 +180,11 @@ def test_bad_input() -> None:
         (ValueError, "no values", lambda: act(x[..., :1], w, groups=2)),
         (ValueError, "stride of at least 1", lambda: act(x, w, None, 0, groups=2)),
         (ValueError, "padding as one number or two", lambda: act(x, w, None, 1, (1, 2, 3))),
+        (
+            TypeError,
+            "conv2d_act: expected stride of integers, got 1.5",
+            lambda: act(x, w, None, 1.5, groups=2),
+        ),
         (ValueError, "expected kernel 4, stride 2", lambda: up(x, torch.randn(4, 6, 3, 3))),
         (ValueError, r"x of shape \(N, 6, H, W\)", lambda: up(x, torch.randn(6, 6, 4, 4))),
     ):

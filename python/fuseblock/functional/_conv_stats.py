@@ -27,9 +27,11 @@ def _run(op: DifferentiableOp, check: Any, equations: Any, args: tuple[Any, ...]
 
 
 def _pair(op: str, value: int | Sequence[int], name: str) -> tuple[int, int]:
-    values = (value, value) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(values) != 2:
         raise ValueError(f"{op}: expected {name} as one number or two, got {value}")
+    if not all(isinstance(v, int) for v in values):
+        raise TypeError(f"{op}: expected {name} of integers, got {value}")
     return values
 
 

@@ -66,6 +66,16 @@ class _ConvBlock(Sequential):
         act = activation_module(activation, negative_slope, **factory)
         super().__init__(*modules, *([] if act is None else [act]))
 
+    @property
+    def weight(self) -> Tensor:
+        """The convolution's: initialisations take ``m.weight`` of every module that has "Conv" in the name of its class."""
+        return self[0].weight  # type: ignore[no-any-return]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The convolution's."""
+        return self[0].bias  # type: ignore[no-any-return]
+
     def __getitem__(self, idx: Any) -> Any:
         # torch.nn.Sequential would make a slice of this class.
         return (
@@ -80,7 +90,7 @@ class Conv2dBlock(_ConvBlock):
 
     A `torch.nn.Sequential` of `Conv2d`, `BatchNormAct2d` or `InstanceNormAct2d`, so that a checkpoint of such a stock
     ``Sequential`` loads (keys ``0.weight``, ``1.weight``, ..., ``2.weight`` for PReLU). Without norm: `Conv2d` with
-    bias, then the activation.
+    bias, then the activation. ``weight`` and ``bias`` are the convolution's.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding: as in `torch.nn.Conv2d`.
@@ -231,11 +241,12 @@ class _PlainActivation(torch.nn.Module):
 
 
 def _behind(conv: torch.nn.Module, norm: torch.nn.Module, x: Tensor) -> Tensor:
-    fused = through(conv, [norm], x)
+    act = norm.act if type(norm) is _PlainActivation and not unusual(norm) else None
+    fused = through(conv, [norm if act is None else act], x)
     if fused is not None:
         return fused[0]
-    if type(norm) is _PlainActivation and norm.act is not None and not unusual(norm):
-        return over_convolution(conv, norm.act, x, is_kept=True)  # by the second convolution
+    if act is not None:
+        return over_convolution(conv, act, x, is_kept=True)  # by the second convolution
     y: Tensor = norm(conv(x))
     return y
 
