@@ -8,7 +8,8 @@ dx(dy, w) and dw(dy, x), and v_x, v_w, v_b the cotangents of dx, dw, db:
     a_dy = v_x * w + x * v_w + v_b        a_x = dx(dy, v_w)        a_w = dw(dy, v_x)
 
 PyTorch computes a_w as a convolution whose kernel is the whole feature map, group by group; here it is what it is, the
-weight gradient of a convolution. Everything is made of convolutions of this file again, so that every order is right.
+weight gradient of a convolution. Everything is made of convolutions of this file again, so that every order is right; where
+nobody differentiates further, a_dy and a_w of channels that oneDNN is slow at are matrix products (`_columns`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch._C import _are_functorch_transforms_active
 from torch.compiler import is_compiling
 from torch.utils.checkpoint import CheckpointError
 
+from . import _columns
 from ._library import forward_mode_active, wants_gradient
 
 _NODE = "ConvolutionBackward0"
@@ -128,12 +130,16 @@ class _Gradients(torch.autograd.Function):
         a_dy = a_x = a_w = None
         if for_x and v_w is not None:
             a_x = _convolution_backward(dy, x, v_w, geometry, _INPUT)[0]
-        if for_w and v_x is not None:
-            g, v = _for_weight_gradient(dy, v_x, w, geometry)
-            a_w = _convolution_backward(g, v, w, geometry, _WEIGHT)[1]
+        if v_x is not None:
+            if for_dy and for_w and v_b is None and _columns.fits(dy, v_x, w, geometry):
+                a_dy, a_w = _columns.convolution_and_weight_gradient(dy, v_x, w, geometry)
+            else:
+                if for_w:
+                    g, v = _for_weight_gradient(dy, v_x, w, geometry)
+                    a_w = _convolution_backward(g, v, w, geometry, _WEIGHT)[1]
+                if for_dy:
+                    a_dy = convolution(v_x, w, v_b, geometry)
         if for_dy:
-            if v_x is not None:
-                a_dy = convolution(v_x, w, v_b, geometry)
             if v_w is not None:
                 term = convolution(x, v_w, v_b if v_x is None else None, geometry)
                 a_dy = term if a_dy is None else a_dy + term
