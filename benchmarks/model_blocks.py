@@ -59,6 +59,13 @@ _WHOLE = Design(
 _EPILOGUE = Design(
     "fuseblock: statistics in the convolution's epilogue (`conv2d_stats`)", passes(*_FWD), passes(*_BWD), 2
 )
+#: Its epilogue reads the norm's input, and the norm's own pass for sums goes.
+REDUCED = Design(
+    "fuseblock: and the norm's sums in the epilogue of the next input gradient (`norm_act_conv_bwd`)",
+    passes(*_FWD),
+    1 + passes("batch_norm_act_bwd"),
+    2,
+)
 #: PyTorch's are what its kernels read and write: statistics R; norm R + W; activation R + W; backward 2R + W, 2R, 2R + W.
 EAGER = Design("PyTorch, eager", 5, 8, 3)
 DESIGNS = (
@@ -67,6 +74,7 @@ DESIGNS = (
     _TWO_PASSES,
     _WHOLE,
     _EPILOGUE,
+    REDUCED,
     Design("ideal: nothing in between is written; backward reads y three times", 0, 3, 1),
 )
 

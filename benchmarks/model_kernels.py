@@ -356,10 +356,10 @@ IMAGES = Family(
 )
 
 _CONVOLUTION = {
-    "reads": "0",
-    "again": "b*(X + W) + 8*p*C",
+    "reads": "g*b*Y",
+    "again": "b*(X + W) + 8*p*C + 16*g*O",
     "writes": "b*Y + 8*q*P*O",
-    "flops": "2*K*Y + 3*p*X + 6*q*Y",
+    "flops": "2*K*Y + 3*p*X + 6*(q + g)*Y",
     "tensor": True,
 }
 
@@ -375,6 +375,7 @@ CONVOLUTION = Family(
         "K": "products of an output: taps (conv_transpose2d_subpixel: 4) times channels of a group",
         "p": "1 where the norm and activation before run along (scale and shift, float32), else 0",
         "q": "1 where the statistics of y are taken along, else 0: then bias and activation may be",
+        "g": "1 in a norm's backward, which reads the norm's input and writes sums (q is 1), else 0",
         "P": "blocks of pixels, each of which writes statistics of its own",
     },
     "results of 64 x 96 x 128 x 128 from 96 channels (3 x 3, or transposed), bfloat16, prologue and statistics: SNGAN-128",
@@ -388,6 +389,7 @@ CONVOLUTION = Family(
         "K": 9 * 96,
         "p": 1,
         "q": 1,
+        "g": 0,
         "P": 64 * 128 * 128 // 64,
     },
     (
@@ -398,6 +400,7 @@ CONVOLUTION = Family(
             triton="conv_transpose2d_subpixel_fwd_kernel",
             sizes={"X": 64 * 96 * 64 * 64, "W": 16 * 96 * 96, "K": 4 * 96, "P": 64 * 128 * 128 // 128},
         ),
+        Kernel("norm_act_conv_bwd", **_CONVOLUTION, triton="conv2d_stats_fwd_kernel", sizes={"p": 0, "g": 1}),
         Kernel(
             "combine_stats",
             "0",
@@ -409,7 +412,8 @@ CONVOLUTION = Family(
     ),
     note="x is loaded once for every tap and block of output channels, the weight once for every block of pixels: from "
     "cache after the first time. The weight is copied into the kernels' order before: W elements read and written in a "
-    "launch of PyTorch's that is not counted here.",
+    "launch of PyTorch's that is not counted here; another adds up the sums of a norm's backward. `norm_act_conv_bwd` "
+    "is the input gradient of a convolution, `batch_norm_act_bwd` follows it.",
 )
 
 FAMILIES = (GATES, RECURRENCE, NORM, BIAS_ACT, IMAGES, CONVOLUTION, SPECTRAL)

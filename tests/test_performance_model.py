@@ -71,6 +71,7 @@ def test_passes_of_blocks() -> None:
     ours = {design.name: (design.forward, design.backward) for design in blocks.OURS}
     assert [tuple(round(n, 2) for n in both) for both in ours.values()] == [(3, 5), (2, 5)]
     assert any((round(d.forward, 2), round(d.backward, 2)) == (2, 3) for d in blocks.DESIGNS)  # in one launch
+    assert (blocks.REDUCED.forward, blocks.REDUCED.bytes_of_element()) == pytest.approx((2, 12))
     assert blocks.SECOND_ORDER[1] == pytest.approx(8)
 
 

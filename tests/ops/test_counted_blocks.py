@@ -108,7 +108,7 @@ def check_convolution(call: Any, launches: list[Launch], x: Tensor, y: Tensor) -
     taps = 16 if "Transpose" in call.module else 9
     channels = x.shape[1]
     statistics = int(len(launches) > 1)
-    sizes = {"X": x.numel(), "Y": y.numel(), "W": taps * channels**2, "b": x.element_size(), "p": 0}
+    sizes = {"X": x.numel(), "Y": y.numel(), "W": taps * channels**2, "b": x.element_size(), "p": 0, "g": 0}
     sizes |= {"C": channels, "O": channels, "q": statistics, "P": 2 if taps == 16 else 1}
     assert first.read + first.written == pytest.approx(kernel.moved(sizes), rel=TOLERANCE)
 

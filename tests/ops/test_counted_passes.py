@@ -338,7 +338,7 @@ def test_convolutions(op: str, prologue: bool, layout: torch.memory_format) -> N
             y = convolutions.conv2d_act(x, weight, None, 1, 1, 1, 1, 1, False, "leaky_relu", 0.2)
     statistics = op != "conv2d_act"
     sizes: dict[str, float] = {"X": x.numel(), "Y": y.numel(), "W": weight.numel(), "b": 2}
-    sizes |= {"C": channels, "O": out_channels, "p": int(prologue), "q": int(statistics)}
+    sizes |= {"C": channels, "O": out_channels, "p": int(prologue), "q": int(statistics), "g": 0}
     sizes["P"] = 2 if op == "conv_transpose2d_subpixel" else 1  # all pixels are one block in the interpreter
     first, *combine = launches
     kernel = next(k for k in registry.CONVOLUTION.kernels if op in k.name)
