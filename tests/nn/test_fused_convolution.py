@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import fuseblock
-from fuseblock import _conv_engine, dispatch
+from fuseblock import _conv_engine, _tables, dispatch
 from fuseblock.nn import _fused_convolution
 
 from ..backends import _ON_GPU, DEVICE, available
+from ..tables import entry, table
 
 pytestmark = _ON_GPU
 
@@ -119,6 +121,102 @@ def test_residual_blocks(ran: list[str]) -> None:
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
     assert ran == ["conv2d_stats", "conv2d_stats", "conv2d_stats", "conv2d_act", "conv2d_act"]
+
+
+def critic() -> nn.Sequential:
+    """SNGAN's, small, and a batch norm between convolutions."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.LeakyReLU(0.1),
+        nn.Conv2d(4, 5, 4, 2, 1),
+        nn.LeakyReLU(0.1),
+        nn.ConvTranspose2d(5, 4, 4, 2, 1),
+        nn.Tanh(),
+        nn.Conv2d(4, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, 3),
+    )
+
+
+def each_normalised(model: nn.Sequential, normalise: Any) -> nn.Sequential:
+    for layer in model:
+        if hasattr(layer, "kernel_size"):
+            normalise(layer)
+    return model
+
+
+NORMALISED = {
+    "whole": lambda: fuseblock.nn.spectral_norm(critic()),
+    "each": lambda: each_normalised(critic(), fuseblock.nn.spectral_norm),
+    "hooks": lambda: each_normalised(critic(), nn.utils.spectral_norm),
+}
+
+
+def by_name(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Result, gradients through a penalty, and buffers: u and v have moved once."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    (dx,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+    (dx.square().sum() + y.cos().sum()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return {"y": y.detach(), "dx": dx.detach(), **gradients, **{f"{n} ": b for n, b in model.named_buffers()}}
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("how", NORMALISED)
+def test_under_spectral_norm(how: str, training: bool, ran: list[str]) -> None:
+    torch.manual_seed(0)
+    stock = NORMALISED[how]().double().to(DEVICE).train(training)
+    fused = copy.deepcopy(stock)
+    fuseblock.fuse(fused, verbose=False)
+    x = torch.randn(2, 3, 8, 6, dtype=torch.float64, device=DEVICE)
+    got, want = by_name(fused, x), by_name(stock, x)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-8, atol=1e-9, msg=name)
+    behind = ["conv2d_stats"] if training else []  # of a norm that takes this batch's statistics
+    assert ran == [*["conv2d_act"] * 3, *behind]
+    assert how == "hooks" or not any("weight" in m.__dict__ for m in fused.modules())
+
+
+@pytest.mark.usefixtures("triton")
+def test_parametrizations_run_apart_and_once(ran: list[str]) -> None:
+    torch.manual_seed(0)
+    for normalise in (nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm):
+        stock = each_normalised(critic(), normalise).double().to(DEVICE)
+        fused = copy.deepcopy(stock)
+        fuseblock.fuse(fused, verbose=False)
+        x = torch.randn(2, 3, 8, 6, dtype=torch.float64, device=DEVICE)
+        got, want = by_name(fused, x), by_name(stock, x)
+        for name, value in want.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-8, atol=1e-9, msg=name)
+    assert ran == []
+
+
+def test_sequentials_ask_the_table(monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
+    """Without one convolutions are PyTorch's own."""
+    monkeypatch.setattr(_fused_convolution, "may_choose", lambda x: True)
+    for op in ("conv2d_stats", "conv2d_act"):
+        equations = dispatch.candidates(op)[-1]
+        monkeypatch.setitem(dispatch._CANDIDATES, op, (replace(equations, name="triton"),))
+    block = fuseblock.nn.Sequential(
+        fuseblock.nn.Conv2d(3, 4, 3), fuseblock.nn.LeakyReLU(0.2), *fuseblock.nn.Conv2dBlock(4, 8, 3)
+    )
+    block, x = fuseblock.nn.spectral_norm(block), torch.randn(2, 3, 16, 16)
+    answers: dict[str, Any] = {}
+    for conv, follower, images in ((block[0], block[1], x), (block[2], block[3], torch.ones(2, 4, 14, 14))):
+        call = _fused_convolution.call_of(conv, follower, images)
+        assert isinstance(call, _conv_engine.Call)
+        key = _tables.plain_key(_conv_engine.key(call))
+        answers[call.op] = [entry(key, "triton", aten=3.0, triton=2.0)]
+    want = block(x)
+    assert ran == []
+    with _tables.using(table(**answers)):
+        got = block(x)
+    assert ran == ["conv2d_act", "conv2d_stats"]
+    assert got.shape == want.shape
 
 
 @pytest.mark.usefixtures("triton")

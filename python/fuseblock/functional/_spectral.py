@@ -53,8 +53,8 @@ def spectral_norm(
         ValueError: the numbers of tensors differ, a shape, device or dim does not fit, ``n_power_iterations`` is negative.
         TypeError: integer weights. fuseblock.BackendError: the forced backend cannot run the call: ``cpu`` takes contiguous
             float32 or float64 tensors on a CPU, ``triton`` contiguous or channels-last weights of one dtype on a GPU, both
-            outside of compilers, transforms and forward mode; ``cuda`` has no kernels. (``aten``, batched PyTorch operations,
-            takes what neither can run, and unforced what a table of measurements says.)
+            outside of compilers, transforms and forward mode; ``cuda`` has no kernels. (Unforced, ``aten``, batched PyTorch
+            operations, takes what neither can run and where a table of measurements says so.)
     """
     args = arguments(weights, us, vs, dims=dims, n_power_iterations=n_power_iterations, eps=eps)
     if not weights:

@@ -12,6 +12,7 @@ from .. import functional
 from .._conv_engine import Call, choose, may_choose
 from .._convolution import Geometry
 from .._library import wants_gradient
+from ._weight_hooks import parameter_of, see_calls, weight_of
 from .activation import name_of, shows_output, unusual
 from .conv import Conv2d, ConvTranspose2d
 from .norm_act import BatchNormAct2d, joins
@@ -22,7 +23,7 @@ def geometry_of(conv: torch.nn.Module | None) -> Geometry | str:
     if type(conv) not in (Conv2d, ConvTranspose2d):
         return f"{type(conv).__name__} is no convolution of two dimensions of this package (`fuse` swaps PyTorch's)"
     assert isinstance(conv, (Conv2d, ConvTranspose2d))
-    if conv._forward_pre_hooks or shows_output(conv):
+    if see_calls(conv._forward_pre_hooks.values()) or shows_output(conv):
         return "somebody sees what the convolution takes or returns"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding is {conv.padding!r}, {conv.padding_mode}"
@@ -38,7 +39,7 @@ def call_of(conv: Any, follower: torch.nn.Module | None, x: Tensor) -> Call | st
         return geometry
     if follower is None or unusual(follower):
         return "nothing is behind the convolution that would run with it"
-    tensors = x, conv.weight, conv.bias
+    tensors = x, parameter_of(conv), conv.bias
     if type(follower) is BatchNormAct2d:
         if not follower.takes_statistics or follower.applies:
             return "the norm takes no statistics of this batch alone, or marks what it returns"
@@ -58,7 +59,7 @@ def call_into(norm: torch.nn.Module, act: torch.nn.Module | None, conv: Any, x: 
         return geometry
     before = norm._activation_arguments(act)
     activation = before["activation"], before["negative_slope"]
-    return Call("norm_act_conv", x, conv.weight, conv.bias, geometry, *activation)
+    return Call("norm_act_conv", x, parameter_of(conv), conv.bias, geometry, *activation)
 
 
 def through(
@@ -73,14 +74,16 @@ def through(
     call = call_of(conv, followers[0], x)
     if isinstance(call, str) or choose(call)[0] != "triton":
         return None
-    _, _, weight, bias, geometry, activation, negative_slope = call
-    if call.op == "conv_norm_act":
-        y, *statistics = _with_statistics(x, weight, bias, geometry)
-        return _normalised(followers, y, residual, (statistics[0], statistics[1]))
-    if geometry.transposed:
-        return functional.conv_transpose2d_act(x, weight, bias, activation, negative_slope), 1
-    shape = geometry.stride, geometry.padding, geometry.groups
-    return functional.conv2d_act(x, weight, bias, *shape, activation, negative_slope), 1
+    _, _, _, bias, geometry, activation, negative_slope = call
+    with weight_of(conv, x) as weight:
+        if call.op == "conv_norm_act":
+            y, *statistics = _with_statistics(x, weight, bias, geometry)
+        elif geometry.transposed:
+            return functional.conv_transpose2d_act(x, weight, bias, activation, negative_slope), 1
+        else:
+            shape = geometry.stride, geometry.padding, geometry.groups
+            return functional.conv2d_act(x, weight, bias, *shape, activation, negative_slope), 1
+    return _normalised(followers, y, residual, (statistics[0], statistics[1]))
 
 
 def _with_statistics(
@@ -136,7 +139,8 @@ def into_convolution(
             return _with_statistics(a, weight, bias, call.geometry)
         return (torch.convolution(a, weight, bias, *call.geometry),)
 
-    y, *of_y = norm.convolved(x, call, convolve, statistics)
+    with weight_of(conv, x) as weight:  # type: ignore[arg-type]
+        y, *of_y = norm.convolved(x, call._replace(weight=weight), convolve, statistics)
     taken = len(followers) - len(behind)
     if not of_y:
         return y, taken

@@ -26,7 +26,7 @@ class Sequential(torch.nn.Sequential):
 
     A rectifier of this package behind a convolution of this package is written over the convolution's output. On a GPU,
     where a table that `python -m benchmarks tune` wrote there says so, convolution and batch norm, or convolution and
-    activation, are one kernel and what is left of the norm; not where hooks see the convolution, spectral norm's included.
+    activation, are one kernel and what is left of the norm; not where hooks see the convolution; spectral norm's do not.
 
     Which neighbours run as one is decided at every call, by what then stands there. The modules themselves stay what they
     are: called one by one, sliced, replaced, or with hooks, they do what they do in a `torch.nn.Sequential`.
