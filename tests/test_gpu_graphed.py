@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fuseblock
-from fuseblock import functional, gan
+from fuseblock import _fused_layer, _tables, functional, gan
+
+from .tables import entry, table
 
 pytestmark = pytest.mark.gpu
 
 BACKENDS = ["auto", "triton", "cuda"]
+CONVOLUTIONS = ["reference", "triton"]
 
 
 @contextmanager
@@ -46,6 +50,21 @@ def spectral(*weights: Tensor) -> Tensor:
     return sum(y.sum() for y in functional.spectral_norm(weights, us, vs))
 
 
+def lstm_layer(x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor) -> Tensor:
+    """In one launch, which it is in 16 bit where a table says so."""
+    x, h0, c0, w_ih, w_hh = (t.bfloat16() for t in (x, h0, c0, w_ih, w_hh))
+    weights = w_ih, w_hh, None, None, None
+    key = _tables.plain_key(_fused_layer.layer_key(x, weights, 1, False, True))
+    with _tables.using(table(lstm_layer=[entry(key, _fused_layer.FUSED, fused=1.0, apart=2.0)])):
+        return functional.lstm(x, h0, c0, [weights])[0]
+
+
+def normalised(convolve: Callable[..., tuple[Tensor, Tensor, Tensor]], x: Tensor, w: Tensor) -> Tensor:
+    """A convolution's statistics in the batch norm behind it."""
+    y, *statistics = convolve(x, w)
+    return functional.batch_norm_act(y, activation="leaky_relu", statistics=tuple(statistics))
+
+
 #: An operator, the shapes of its inputs, and the backends that may be forced.
 OPERATORS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], list[str]]] = {
     "lstm_recurrence": (lstm, [(6, 5, 512), (2, 5, 64), (2, 5, 64), (2, 256, 64)], BACKENDS),
@@ -60,6 +79,19 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], list[st
     ),
     "upfirdn2d": (
         lambda x: functional.upsample2d(x, torch.full((4, 4), 1 / 16, device="cuda")), [(6, 48, 20, 20)], BACKENDS
+    ),
+    "lstm_layer": (lstm_layer, [(6, 5, 16), (1, 5, 64), (1, 5, 64), (256, 16), (256, 64)], ["cuda"]),
+    "conv2d_act": (
+        lambda x, w, b: functional.conv2d_act(x, w, b, 2, 1), [(6, 48, 20, 20), (32, 48, 4, 4), (32,)], CONVOLUTIONS
+    ),
+    "conv_transpose2d_act": (
+        functional.conv_transpose2d_act, [(6, 48, 20, 20), (48, 3, 4, 4), (3,)], CONVOLUTIONS
+    ),
+    "conv2d_stats": (
+        partial(normalised, functional.conv2d_stats), [(6, 48, 20, 20), (32, 48, 3, 3)], CONVOLUTIONS
+    ),
+    "conv_transpose2d_subpixel": (
+        partial(normalised, functional.conv_transpose2d_subpixel), [(6, 48, 20, 20), (48, 32, 4, 4)], CONVOLUTIONS
     ),
     "spectral_norm": (spectral, [(48, 3, 3, 3), (1, 512)], ["auto", "triton"]),
 }  # fmt: skip

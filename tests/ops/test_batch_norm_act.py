@@ -401,6 +401,15 @@ def test_bad_input() -> None:
         run(x, torch.ones(3, device="meta"))
     with pytest.raises(ValueError, match=r"expected residual on cpu, as x, got meta"):
         run(x, residual=x.to("meta"))
+    ones = torch.ones(3)
+    for error, message, statistics in (
+        (TypeError, "statistics as two tensors, mean and variance, got Tensor$", torch.stack([ones, ones])),
+        (TypeError, "statistics as two tensors, mean and variance, got Tensor, NoneType", (ones, None)),
+        (ValueError, r"variance of statistics of shape \(3,\), got \(5,\)", (ones, five)),
+        (TypeError, "floating point mean of statistics", (ones.long(), ones)),
+    ):
+        with pytest.raises(error, match=message):
+            run(x, statistics=statistics)
 
 
 def test_a_mask_must_have_been_saved() -> None:

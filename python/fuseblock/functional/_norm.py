@@ -52,7 +52,8 @@ def batch_norm_act(
         process_group: a `torch.distributed` process group whose ranks share their statistics, in the gradients of first
             and second order too; None: this rank's batch alone.
         statistics: the batch's mean and biased variance (C,), where the producer of x has them (`conv2d_stats`): x is then
-            not read for them. Gradients are those of statistics computed here. In training, without process_group.
+            not read for them. float32 (float64 for float64), as they are computed here; other floating point dtypes are
+            converted. Gradients are those of statistics computed here. In training, without process_group.
 
     Returns:
         y, of the shape, dtype and layout of x.
@@ -68,8 +69,12 @@ def batch_norm_act(
         raise ValueError("batch_norm_act: expected running_mean and running_var together, got one of them")
     if not training and running_mean is None:
         raise ValueError("batch_norm_act: expected running_mean and running_var where training is False")
-    if statistics is not None and (not training or process_group is not None):
-        raise ValueError("batch_norm_act: expected training without process_group where statistics are given")
+    if statistics is not None:
+        if not training or process_group is not None:
+            raise ValueError(
+                "batch_norm_act: expected training without process_group where statistics are given"
+            )
+        _check_statistics(x, statistics)
     alone = process_group is None and statistics is None
     if alone and _batch_norm_node.can_run(x, (weight, bias, residual, slope), (running_mean, running_var)):
         given = (None, None) if training else (running_mean, running_var)
@@ -89,7 +94,9 @@ def batch_norm_act(
         raise failed
     _check_running(x, running_mean, running_var)
     group = "" if process_group is None else process_group.group_name
-    mean, var = (running_mean, running_var) if not training else statistics or (None, None)
+    mean, var = (
+        (running_mean, running_var) if not training else (None, None) if statistics is None else statistics
+    )
     tensors = x, weight, bias, residual, slope
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
@@ -115,6 +122,17 @@ def _check_running(x: Tensor, running_mean: Tensor | None, running_var: Tensor |
         return  # the operator's check says so
     check_of_channels("running_mean", running_mean, x.shape[1], x)
     check_of_channels("running_var", running_var, x.shape[1], x)
+
+
+def _check_statistics(x: Tensor, statistics: Any) -> None:
+    """Raise ValueError or TypeError where these are no mean and variance of the channels of x."""
+    given = statistics if isinstance(statistics, (tuple, list)) else [statistics]
+    if len(given) != 2 or not all(isinstance(t, Tensor) for t in given):
+        got = ", ".join(type(t).__name__ for t in given)
+        raise TypeError(f"batch_norm_act: expected statistics as two tensors, mean and variance, got {got}")
+    if isinstance(x, Tensor) and x.dim() >= 2:
+        for name, t in zip(("mean", "variance"), given, strict=True):
+            check_of_channels(f"{name} of statistics", t, x.shape[1], x)
 
 
 @torch.no_grad()

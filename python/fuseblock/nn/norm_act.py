@@ -272,7 +272,8 @@ class InstanceNormAct2d(_InstanceNormAct, torch.nn.InstanceNorm2d):
 
     with mean and biased variance per sample and channel. Channels-last input is not copied. Arguments beyond the stock
     ones as in `BatchNormAct2d`; scale and shift per sample (adaptive instance norm):
-    `fuseblock.functional.instance_norm_act`. With ``track_running_stats`` PyTorch's own norm runs.
+    `fuseblock.functional.instance_norm_act`. With ``track_running_stats``, a residual or without a batch dimension PyTorch's
+    own norm runs, and what is behind it in passes of its own.
 
     Shape: ``input`` and ``residual`` (N, C, H, W) or (C, H, W); so is the output.
 
