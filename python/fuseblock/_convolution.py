@@ -23,7 +23,7 @@ from torch.compiler import is_compiling
 from torch.utils.checkpoint import CheckpointError
 
 from . import _columns
-from ._library import forward_mode_active, wants_gradient
+from ._library import forward_mode_active, keep_arguments, wanted, wants_gradient
 
 _NODE = "ConvolutionBackward0"
 _INPUT, _WEIGHT = (True, False, False), (False, True, False)
@@ -118,6 +118,7 @@ class _Gradients(torch.autograd.Function):
         ctx: Any, dy: Tensor, x: Tensor, w: Tensor, geometry: Geometry, *gradients: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
+        keep_arguments(ctx, (dy, x, w), range(3))
         ctx.save_for_backward(dy, x, w)
         ctx.geometry = geometry
         return gradients
@@ -126,7 +127,7 @@ class _Gradients(torch.autograd.Function):
     def backward(ctx: Any, v_x: Tensor | None, v_w: Tensor | None, v_b: Tensor | None) -> tuple[Any, ...]:
         dy, x, w = ctx.saved_tensors
         geometry = ctx.geometry
-        for_dy, for_x, for_w = _wanted(ctx)
+        for_dy, for_x, for_w = wanted(ctx)
         a_dy = a_x = a_w = None
         if for_x and v_w is not None:
             a_x = _convolution_backward(dy, x, v_w, geometry, _INPUT)[0]
@@ -146,20 +147,6 @@ class _Gradients(torch.autograd.Function):
             if v_x is None and v_w is None and v_b is not None:
                 a_dy = v_b.reshape(-1, *[1] * (dy.dim() - 2)).expand_as(dy)
         return a_dy, a_x, a_w, None, None, None, None
-
-
-def _wanted(ctx: Any) -> list[bool]:
-    """Which of dy, x, w the backward that is running wants a gradient of.
-
-    ``ctx.needs_input_grad`` tells which of them require gradients, in whatever backward.
-    """
-    try:
-        return [
-            node is not None and torch._C._will_engine_execute_node(node)
-            for node, _ in ctx.next_functions[:3]
-        ]
-    except RuntimeError:
-        return list(ctx.needs_input_grad[:3])  # no engine that could be asked: compute all
 
 
 def _for_weight_gradient(dy: Tensor, x: Tensor, w: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:

@@ -72,6 +72,24 @@ def wants_gradient(tensors: Iterable[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
 
 
+def keep_arguments(ctx: Any, inputs: Sequence[Any], positions: Sequence[int]) -> None:
+    """Remember in a node's ctx, for `wanted`, where in ``inputs`` the tensors lie, and which of them there are."""
+    ctx.positions = positions
+    ctx.present = [inputs[n] is not None for n in positions]
+
+
+def wanted(ctx: Any) -> list[bool]:
+    """Which tensor arguments the running backward wants a gradient of; all that need one if it cannot be asked."""
+    try:
+        nodes = (node for node, _ in ctx.next_functions)  # an absent argument has none
+        return [
+            is_there and (node := next(nodes)) is not None and torch._C._will_engine_execute_node(node)
+            for is_there in ctx.present
+        ]
+    except (AttributeError, RuntimeError):  # contexts of torch.func transforms and of tracing; no engine
+        return [ctx.needs_input_grad[n] for n in ctx.positions]
+
+
 def opaque(schema: str, *, impl: Formula, fake: Formula) -> Any:
     """An operator without derivative that compilers do not look into; returns it.
 

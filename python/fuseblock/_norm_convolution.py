@@ -15,9 +15,9 @@ from torch import Tensor
 
 from . import dispatch
 from ._convolution import Geometry
-from ._library import backward_is_seen
+from ._library import backward_is_seen, keep_arguments, wanted
 from .ops import batch_norm_act, batch_norm_act_bwd, norm_act_conv_bwd
-from .ops._conv_stats import convolution_gradients, keep_arguments, wanted
+from .ops._conv_stats import convolution_gradients
 
 #: Of the normalised input, the weight and the bias: the convolution, alone or with further results without gradients.
 Convolve = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]

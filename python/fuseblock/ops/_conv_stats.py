@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import _activations, _convolution, dispatch
 from .._convolution import Geometry
-from .._library import state_dtype
+from .._library import keep_arguments, state_dtype, wanted
 from .batch_norm_act import batch_norm_act, batch_norm_act_bwd
 
 
@@ -76,24 +76,6 @@ def output_sizes(
     if min(out_h, out_w) < 1 or x.shape[0] == 0:
         raise ValueError(f"{op}: x of shape {tuple(x.shape)} gives no values")
     return out_h, out_w
-
-
-def keep_arguments(ctx: Any, inputs: Sequence[Any], positions: Sequence[int]) -> None:
-    """Remember in a node's ctx, for `wanted`, where in ``inputs`` the tensors lie, and which of them there are."""
-    ctx.positions = positions
-    ctx.present = [inputs[n] is not None for n in positions]
-
-
-def wanted(ctx: Any) -> list[bool]:
-    """Which tensor arguments the running backward wants a gradient of; all that need one if it cannot be asked."""
-    try:
-        nodes = (node for node, _ in ctx.next_functions)  # an absent argument has none
-        return [
-            is_there and (node := next(nodes)) is not None and torch._C._will_engine_execute_node(node)
-            for is_there in ctx.present
-        ]
-    except (AttributeError, RuntimeError):  # contexts of torch.func transforms and of tracing; no engine
-        return [ctx.needs_input_grad[n] for n in ctx.positions]
 
 
 def setup_context(

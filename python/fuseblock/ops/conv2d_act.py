@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import dispatch
 from .._convolution import Geometry
-from .._library import DifferentiableOp, loop_vmap
+from .._library import DifferentiableOp, keep_arguments, loop_vmap, wanted
 from ..reference import conv_stats as reference
 from . import _candidates, _conv_stats
 
@@ -77,7 +77,7 @@ def _fake(x: Tensor, *args: Any) -> Tensor:
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
-    _conv_stats.keep_arguments(ctx, inputs, range(3))
+    keep_arguments(ctx, inputs, range(3))
     x, weight, _, stride_y, stride_x, pad_y, pad_x, groups, transposed, *ctx.act = inputs
     ctx.save_for_backward(x, weight, output)
     ctx.geometry = Geometry((stride_y, stride_x), (pad_y, pad_x), (1, 1), transposed, (0, 0), groups)
@@ -101,7 +101,7 @@ def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None,) * 11
     x, weight, y = ctx.saved_tensors
     dz = _through(dy, y, *ctx.act)
-    want_x, want_weight, want_bias = _conv_stats.wanted(ctx)
+    want_x, want_weight, want_bias = wanted(ctx)
     gradients = _conv_stats.convolution_gradients(dz, x, weight, ctx.geometry, want_x, want_weight)
     return *gradients, dz.sum((0, 2, 3)) if want_bias else None, *(None,) * 8
 
