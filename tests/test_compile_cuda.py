@@ -150,8 +150,8 @@ WALKING_KERNELS = {
 def test_norm_and_pointwise_kernels_move_16_bytes(family: str, architecture: str) -> None:
     """In both layouts, wherever rows are aligned: visits of one element are for the others, and for float64.
 
-    The second order of a norm with the channels last holds up to 12 sums of each channel that a thread has: in 16 bit it has
-    four channels, 8 bytes, as eight would not leave the registers for a second block.
+    The second order of a norm in 16 bit, channels last, keeps up to 14 values of each channel: two threads share eight
+    channels, and the registers leave room for a second block.
     """
     seen = set()
     for code in (c for source in CUDA.glob(f"{family}*.cu") for c in sass(source, architecture)):
@@ -160,16 +160,38 @@ def test_norm_and_pointwise_kernels_move_16_bytes(family: str, architecture: str
         if found is None or found[4] == "1":
             continue
         kernel, dtype, last = found[2], found[3], found[5] != "1"
-        second_norm = family == "batch_norm_act" and kernel.startswith("bwd_bwd")
-        bits = ".64" if second_norm and last and dtype != "f" else ".128"
-        loads = r"LDGSTS\.E\.BYPASS" if kernel.startswith("whole") else r"LDG\.E"
-        assert re.search(rf"{loads}\{bits}", code), f"{name} has no loads of {bits} bits"
+        shared = found[5] not in ("1", found[4])
+        assert shared == (last and dtype != "f" and family == "batch_norm_act" and "bwd_bwd" in kernel), name
+        loads = "LDGSTS.E.BYPASS.128" if kernel.startswith("whole") else "LDG.E.128"
+        assert loads in code, f"{name} has no loads of 16 bytes"
         assert not re.search(r"(LDG|STG)\.E\.[US]16", code), f"{name} moves single elements"
-        assert "reduce" in kernel or kernel == "stats" or f"STG.E{bits}" in code, f"{name}: narrow stores"
+        assert "reduce" in kernel or kernel == "stats" or "STG.E.128" in code, f"{name}: narrow stores"
         seen.add((kernel, dtype, last))
     dtypes = ("f", "6__half", "13__nv_bfloat16")
     assert seen == {
         (k, dtype, last) for k in WALKING_KERNELS[family] for dtype in dtypes for last in (False, True)
+    }
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_images_move_16_bytes(architecture: str) -> None:
+    """Of upfirdn2d: pixels of whole vectors, and rows of them. Single elements are for others, and for unusual filters."""
+    seen = set()
+    for code in sass(CUDA / "upfirdn2d.cu", architecture):
+        name = code.split("\n", 1)[0]
+        found = re.search(r"(upfirdn2d(?:_\w+?)?)_kernelI(d|f|6__half|13__nv_bfloat16)Li(\d+)E", name)
+        assert found, name
+        loads, stores = ("LDG.E.128" in code, "STG.E.128" in code)
+        assert loads == stores == (found[3] != "1"), f"{name}: 16 bytes loaded {loads}, stored {stores}"
+        # Of a row's last vector the compiler loads what is used.
+        assert found[3] == "1" or not re.search(r"STG\.E\.[US]16", code), f"{name} stores single elements"
+        seen.add((found[1], found[2], found[3] != "1"))
+    dtypes = ("f", "6__half", "13__nv_bfloat16")
+    kinds = [("upfirdn2d", wide) for wide in (False, True)] + [
+        ("upfirdn2d_tile", wide) for wide in (False, True)
+    ]
+    assert seen == {(kernel, dtype, wide) for kernel, wide in kinds for dtype in (*dtypes, "d")} | {
+        ("upfirdn2d_row", dtype, True) for dtype in dtypes
     }
 
 

@@ -9,26 +9,13 @@
 namespace fuseblock {
 namespace {
 
-constexpr int64_t kMostSplits = 256;
-// Blocks of a reduction: a few for every multiprocessor of a large GPU, whatever the device, so that the order of a sum
-// depends on the shape alone.
-constexpr int64_t kReductionBlocks = 528;
-
-// Positions (channels-last) or elements of a channel, and channels that share a block at least.
-int64_t reduction_splits(const BatchNormAct& op) {
-  const int64_t share = op.channels_last ? 32 : 16 * kChannelThreads;
-  const int64_t blocks = op.channels_last ? op.samples * divide_up(op.channels, 128) : op.channels;
-  const int64_t wanted = std::min(divide_up(values(op), share), divide_up(kReductionBlocks, blocks));
-  return std::clamp<int64_t>(wanted, 1, kMostSplits);
-}
-
 bool is_prelu(const BatchNormAct& op) { return op.activation == static_cast<int>(Activation::prelu); }
 bool is_prelu_or_smooth(const BatchNormAct& op) { return op.activation >= static_cast<int>(Activation::prelu); }
 int first_sums(const BatchNormAct& op) { return is_prelu(op) ? 3 : 2; }
 
-// Second-order kernels hold many values per element in registers, and per channel: of the channels-last ones, four elements'.
+// Second-order kernels keep up to twelve sums or fourteen coefficients of a channel in registers: of four channels at most.
 template <class T>
-constexpr int kSecondLastWidth = std::min(kChannelWidth<T>, 4);
+constexpr int kSecondChannels = std::min(kChannelWidth<T>, 4);
 
 template <class S, int kValues>
 cudaError_t combine(const BatchNormAct& op, int64_t splits, int rows, void* stream) {
@@ -79,19 +66,19 @@ cudaError_t bwd(const BatchNormAct& op, void* stream) {
 template <class T>
 cudaError_t bwd_bwd_reduce(const BatchNormAct& op, void* stream) {
   const int64_t splits = reduction_splits(op);
-  constexpr int width = kChannelWidth<T>, last_width = kSecondLastWidth<T>;
+  constexpr int width = kChannelWidth<T>, channels = kSecondChannels<T>;
   const int rows = !is_prelu_or_smooth(op) ? 5 : op.v_residual == nullptr ? 10 : 12;
   if (rows == 5) {
-    FB_LAUNCH_CHANNELS(batch_norm_act_bwd_bwd_reduce_kernel, T, width, last_width, splits, (, rows), 5);
+    FB_LAUNCH_CHANNELS(batch_norm_act_bwd_bwd_reduce_kernel, T, width, channels, splits, (, rows), 5);
   } else {
-    FB_LAUNCH_CHANNELS(batch_norm_act_bwd_bwd_reduce_kernel, T, width, last_width, splits, (, rows), 12);
+    FB_LAUNCH_CHANNELS(batch_norm_act_bwd_bwd_reduce_kernel, T, width, channels, splits, (, rows), 12);
   }
   return combine<State<T>, 1>(op, splits, rows, stream);
 }
 
 template <class T>
 cudaError_t bwd_bwd(const BatchNormAct& op, void* stream) {
-  FB_LAUNCH_CHANNELS(batch_norm_act_bwd_bwd_kernel, T, kChannelWidth<T>, kSecondLastWidth<T>, 0, ());
+  FB_LAUNCH_CHANNELS(batch_norm_act_bwd_bwd_kernel, T, kChannelWidth<T>, kSecondChannels<T>, 0, ());
   return cudaGetLastError();
 }
 

@@ -47,7 +47,7 @@ __device__ void finish_sums(const BatchNormAct& op, int rows, const bool inside,
 template <class T, int N, int L>
 __global__ void __launch_bounds__(kChannelThreads, 1) batch_norm_act_stats_kernel(const BatchNormAct op) {
   using S = State<T>;
-  ChannelWalk<N> walk(op, blockIdx.x, blockIdx.y);
+  ChannelWalk<N, L> walk(op, blockIdx.x, blockIdx.y);
   S own[2 * L + 1] = {};
   for (; walk.inside(); walk.next()) {
     const Vec<T, N> x = load_at<T, N>(op.x, walk.offset);
@@ -74,14 +74,11 @@ __global__ void __launch_bounds__(kChannelThreads, 1) batch_norm_act_stats_kerne
   for (int l = 0; l < L; ++l) write_statistics(op, walk.operand + l, own[1 + l], own[1 + L + l]);
 }
 
-inline constexpr int kCombineWidth = 32, kCombineHeight = 8;
-
 // Combines the shares of all blocks: thread x a channel, y every eighth block. kValues: 3 moments, or 1 of the sums, of which
 // blockIdx.y says which.
 template <class S, int kValues>
 __global__ void __launch_bounds__(kCombineWidth* kCombineHeight)
     batch_norm_act_combine_kernel(const BatchNormAct op, int splits) {
-  FB_SHARED(S, buffer, [kCombineHeight][kValues][kCombineWidth]);
   using Merge = std::conditional_t<kValues == 3, MergeMoments<1>, AddSums>;
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * kCombineWidth + threadIdx.x, distance = operands(op);
   const int64_t rows = kValues * gridDim.y;
@@ -98,16 +95,8 @@ __global__ void __launch_bounds__(kCombineWidth* kCombineHeight)
       Merge()(own, other);
     }
   }
-#pragma unroll
-  for (int k = 0; k < kValues; ++k) buffer[threadIdx.y][k][threadIdx.x] = own[k];
-  __syncthreads();
+  merge_threads<Merge>(own, kCombineHeight);
   if (threadIdx.y != 0 || channel >= distance) return;
-  for (int y = 1; y < kCombineHeight; ++y) {
-    S other[kValues];
-#pragma unroll
-    for (int k = 0; k < kValues; ++k) other[k] = buffer[y][k][threadIdx.x];
-    Merge()(own, other);
-  }
   if constexpr (kValues == 3) write_statistics(op, channel, own[1], own[2]);
   else write_sum(op, static_cast<int>(blockIdx.y), channel, own[0]);
 }
@@ -139,7 +128,7 @@ FB_HD void normalise(const BatchNormAct& op, const NormChannels<State<T>, L>& c,
 
 template <class T, int N, int L>
 __global__ void __launch_bounds__(kChannelThreads, 1) batch_norm_act_fwd_kernel(const BatchNormAct op) {
-  ChannelWalk<N> walk(op, blockIdx.x, blockIdx.y);
+  ChannelWalk<N, L> walk(op, blockIdx.x, blockIdx.y);
   const NormChannels<State<T>, L> c(op, walk.operand, walk.has_channels);
   for (; walk.inside(); walk.next()) normalise<T, N, L>(op, c, walk.offset, load_at<T, N>(op.x, walk.offset));
 }
@@ -208,7 +197,7 @@ FB_HD void write_gradients(const BatchNormAct& op, const NormChannels<State<T>, 
 template <class T, int N, int L>
 __global__ void __launch_bounds__(kChannelThreads, 1) batch_norm_act_bwd_reduce_kernel(const BatchNormAct op, int rows) {
   using S = State<T>;
-  ChannelWalk<N> walk(op, blockIdx.x, blockIdx.y);
+  ChannelWalk<N, L> walk(op, blockIdx.x, blockIdx.y);
   const NormChannels<S, L> c(op, walk.operand, walk.has_channels);
   S sum[3 * L] = {};
   for (; walk.inside(); walk.next()) {
@@ -221,7 +210,7 @@ __global__ void __launch_bounds__(kChannelThreads, 1) batch_norm_act_bwd_reduce_
 template <class T, int N, int L>
 __global__ void __launch_bounds__(kChannelThreads, 1) batch_norm_act_bwd_kernel(const BatchNormAct op) {
   using S = State<T>;
-  ChannelWalk<N> walk(op, blockIdx.x, blockIdx.y);
+  ChannelWalk<N, L> walk(op, blockIdx.x, blockIdx.y);
   const NormChannels<S, L> c(op, walk.operand, walk.has_channels);
   ChannelValues<S, L> k[3];
 #pragma unroll

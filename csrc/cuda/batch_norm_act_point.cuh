@@ -24,15 +24,14 @@ struct NormChannels {
         slope(per_channel<S, L>(op.slope, operand, inside, static_cast<S>(op.negative_slope), op.slope_stride)) {}
 };
 
-// xhat and z of N elements; with a mask, z is only as positive or negative as its bit says.
+// xhat and z of N elements; with a mask, z is only as positive or negative as its bit of `bits` says.
 template <class T, int N, int L>
 struct NormPoint {
   using S = State<T>;
   S xhat[N], z[N];
 
-  FB_HD NormPoint(const BatchNormAct& op, const NormChannels<S, L>& c, int64_t offset, const Vec<T, N>& x) {
-    const Vec<T, N> residual = load_at<T, N>(op.residual, offset);
-    const unsigned bits = op.mask == nullptr ? 0u : static_cast<unsigned>(op.mask[offset >> 3]) >> (offset & 7);
+  FB_HD NormPoint(const BatchNormAct& op, const NormChannels<S, L>& c, const Vec<T, N>& x, const Vec<T, N>& residual,
+                  unsigned bits) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       xhat[n] = (x[n] - c.mean[n]) * c.invstd[n];
@@ -40,6 +39,8 @@ struct NormPoint {
       if (op.mask != nullptr) z[n] = (bits >> n & 1) != 0 ? S(1) : S(-1);
     }
   }
+  FB_HD NormPoint(const BatchNormAct& op, const NormChannels<S, L>& c, int64_t offset, const Vec<T, N>& x)
+      : NormPoint(op, c, x, load_at<T, N>(op.residual, offset), op.mask == nullptr ? 0u : bits_at(op.mask, offset)) {}
 };
 
 // Calls f with the tag of op's activation. Launchers pass identity as leaky_relu with slope 1, and prelu is a leaky_relu but

@@ -33,7 +33,7 @@ bool plan(const BatchNormAct& op, int width, int64_t bytes, int tensors, int64_t
   for (int64_t most = std::min<int64_t>(kMostAcross, vectors); most >= narrowest; most /= 2) {
     for (int64_t blocks = 1; blocks <= (clusters ? kMostBlocks : 1); blocks *= 2) {
       ResidentPlan to{op, {}, static_cast<unsigned>(blocks), 0, 0};
-      if (!make_grid(to.op, width, divide_up(vectors, most), blocks, true, to.grid)) continue;
+      if (!make_grid(to.op, width, 1, divide_up(vectors, most), blocks, true, to.grid)) continue;
       const int64_t along = to.grid.threads.y, each = divide_up(visits, blocks * along);
       if (visits <= (blocks - 1) * along) break;  // the last one would have nothing
       const int64_t column_bytes = tensors * each * bytes * along * to.grid.threads.x;
@@ -57,6 +57,13 @@ bool plan_on(const DeviceLimits& device, const BatchNormAct& op, int width, int6
   return false;
 }
 
+// Whether the launch came about. A driver may refuse clusters that its devices have, where MIG or MPS leave no room for one.
+bool is_taken(const ResidentPlan& plan, cudaError_t error) {
+  if (error == cudaSuccess || plan.cluster == 1) return true;
+  cudaGetLastError();  // the launches that come instead are not to be blamed for it
+  return false;
+}
+
 }  // namespace
 
 template <class T>
@@ -76,7 +83,7 @@ bool resident_fwd(const BatchNormAct& op, const DeviceLimits& device, void* stre
       error = FB_LAUNCH_PLACED((batch_norm_act_whole_fwd_kernel<T, kSpan, 1>), placement, to.grid.blocks, to.grid.threads,
                                to.column_bytes, stream, to.op);
     }
-    return true;
+    return is_taken(to, error);
   }
 }
 
@@ -99,7 +106,7 @@ bool resident_bwd(const BatchNormAct& op, const DeviceLimits& device, void* stre
       error = FB_LAUNCH_PLACED((batch_norm_act_whole_bwd_kernel<T, width, 1>), placement, to.grid.blocks, to.grid.threads,
                                to.column_bytes, stream, to.op, rows, to.visits);
     }
-    return true;
+    return is_taken(to, error);
   }
 }
 

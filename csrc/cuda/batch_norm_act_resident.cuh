@@ -79,7 +79,8 @@ struct Column {
 
   __device__ Vec<T, N>& operator[](int visit) const { return top[visit * blockDim.x * blockDim.y]; }
 
-  __device__ void copy(ChannelWalk<N> walk, const void* data) const {
+  template <int L>
+  __device__ void copy(ChannelWalk<N, L> walk, const void* data) const {
     for (int visit = 0; walk.inside(); walk.next(), ++visit) {
       const T* const from = static_cast<const T*>(data) + walk.offset;
 #pragma unroll
@@ -95,13 +96,13 @@ __global__ void __launch_bounds__(kChannelThreads, 2) batch_norm_act_whole_fwd_k
   FB_DYNAMIC_SHARED(Visit, columns);
   const Column<T, N> x{columns + threadIdx.y * blockDim.x + threadIdx.x};
   const unsigned blocks = blocks_of_chunk(), rank = rank_in_chunk();
-  ChannelWalk<N> walk(op, blockIdx.x / blocks, rank);
+  ChannelWalk<N, L> walk(op, blockIdx.x / blocks, rank);
   x.copy(walk, op.x);
   copy_async_wait_all();
 
   S own[2 * L + 1] = {};
   int visits = 0;
-  for (ChannelWalk<N> at = walk; at.inside(); at.next(), ++visits) {
+  for (ChannelWalk<N, L> at = walk; at.inside(); at.next(), ++visits) {
 #pragma unroll
     for (int n = 0; n < N; ++n) own[1 + n % L] += x[visits][n];
   }
@@ -138,13 +139,13 @@ __global__ void __launch_bounds__(kChannelThreads, 2)
   const int threads = blockDim.x * blockDim.y;
   const Column<T, N> x{columns + threadIdx.y * blockDim.x + threadIdx.x}, dy{x.top + visits * threads};
   const unsigned blocks = blocks_of_chunk(), rank = rank_in_chunk();
-  ChannelWalk<N> walk(op, blockIdx.x / blocks, rank);
+  ChannelWalk<N, L> walk(op, blockIdx.x / blocks, rank);
   x.copy(walk, op.x);
   dy.copy(walk, op.dy);
   S sum[3 * L] = {};
   {
     const NormChannels<S, L> c(op, walk.operand, walk.has_channels);
-    ChannelWalk<N> at = walk;
+    ChannelWalk<N, L> at = walk;
     copy_async_wait_all();
     for (int visit = 0; at.inside(); at.next(), ++visit) {
       add_first_sums<T, N, L>(op, c, at.offset, x[visit], dy[visit], sum);

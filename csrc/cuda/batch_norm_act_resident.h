@@ -1,4 +1,5 @@
-// Launchers of batch_norm_act_resident.cuh. Each returns whether the channels fit on the device; `error`: of the launch.
+// Launchers of batch_norm_act_resident.cuh. Each returns whether the channels fit on the device and its driver has room for the
+// clusters; `error`: of the launch.
 #pragma once
 
 #include "cuda/batch_norm_act.h"

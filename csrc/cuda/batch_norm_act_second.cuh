@@ -18,17 +18,17 @@ FB_HD Curve<S> second_factors(S dy, S z, S slope) {
 
 // K: 5, or 12 for prelu and smooth activations, of which ten are written without v_residual.
 template <class T, int N, int L, int K>
-__global__ void __launch_bounds__(kChannelThreads, 1) batch_norm_act_bwd_bwd_reduce_kernel(const BatchNormAct op, int rows) {
+__global__ void __launch_bounds__(kChannelThreads, 2) batch_norm_act_bwd_bwd_reduce_kernel(const BatchNormAct op, int rows) {
   using S = State<T>;
   using A = Activation;
-  ChannelWalk<N> walk(op, blockIdx.x, blockIdx.y);
+  ChannelWalk<N, L> walk(op, blockIdx.x, blockIdx.y);
   const NormChannels<S, L> c(op, walk.operand, walk.has_channels);
   S sum[K * L] = {};
   for (; walk.inside(); walk.next()) {
-    const int64_t offset = walk.offset;
-    const NormPoint<T, N, L> at(op, c, offset, load_at<T, N>(op.x, offset));
-    const Vec<T, N> dy = load_at<T, N>(op.dy, offset), v = load_at<T, N>(op.v, offset);
-    const Vec<T, N> v_residual = K == 12 ? load_at<T, N>(op.v_residual, offset) : zeros<T, N>();
+    const Vec<T, N> x = walk.template load<T>(op.x), residual = walk.template load<T>(op.residual);
+    const Vec<T, N> dy = walk.template load<T>(op.dy), v = walk.template load<T>(op.v);
+    const Vec<T, N> v_residual = K == 12 ? walk.template load<T>(op.v_residual) : zeros<T, N>();
+    const NormPoint<T, N, L> at(op, c, x, residual, walk.bits(op.mask));
     const auto add = [&](auto tag) {
 #pragma unroll
       for (int n = 0; n < N; ++n) {
@@ -61,35 +61,40 @@ __global__ void __launch_bounds__(kChannelThreads, 1) batch_norm_act_bwd_bwd_red
 }
 
 template <class T, int N, int L>
-__global__ void __launch_bounds__(kChannelThreads, 1) batch_norm_act_bwd_bwd_kernel(const BatchNormAct op) {
+__global__ void __launch_bounds__(kChannelThreads, 2) batch_norm_act_bwd_bwd_kernel(const BatchNormAct op) {
   using S = State<T>;
-  ChannelWalk<N> walk(op, blockIdx.x, blockIdx.y);
+  ChannelWalk<N, L> walk(op, blockIdx.x, blockIdx.y);
   const NormChannels<S, L> c(op, walk.operand, walk.has_channels);
+  const S* const coefficients = static_cast<const S*>(op.k);
+  // Registers are scarce: k3 and slopes of channels are prelu's alone, which loads them where it needs them.
   ChannelValues<S, L> k[9];
 #pragma unroll
   for (int i = 0; i < 9; ++i) {
-    k[i] = per_channel<S, L>(static_cast<const S*>(op.k) + i * operands(op), walk.operand, walk.has_channels, S(0));
+    if (i != 3) k[i] = per_channel<S, L>(coefficients + i * operands(op), walk.operand, walk.has_channels, S(0));
   }
   for (; walk.inside(); walk.next()) {
-    const int64_t offset = walk.offset;
-    const NormPoint<T, N, L> at(op, c, offset, load_at<T, N>(op.x, offset));
-    const Vec<T, N> dy = load_at<T, N>(op.dy, offset), v = load_at<T, N>(op.v, offset);
-    const Vec<T, N> v_residual = load_at<T, N>(op.v_residual, offset);
+    const Vec<T, N> x = walk.template load<T>(op.x), residual = walk.template load<T>(op.residual);
+    const Vec<T, N> dy = walk.template load<T>(op.dy), v = walk.template load<T>(op.v);
+    const Vec<T, N> v_residual = walk.template load<T>(op.v_residual);
+    const NormPoint<T, N, L> at(op, c, x, residual, walk.bits(op.mask));
     Vec<T, N> a_x, a_dy, a_residual;
     with_activation_or_prelu_of(op, [&](auto tag) {
       constexpr Activation A = decltype(tag)::value;
 #pragma unroll
       for (int n = 0; n < N; ++n) {
+        const S slope = A == Activation::prelu ? static_cast<const S*>(op.slope)[(walk.operand + n % L) * op.slope_stride]
+                                               : static_cast<S>(op.negative_slope);
         const S q = k[0][n] * v[n] + k[1][n] + k[2][n] * at.xhat[n] + v_residual[n];
         S g, a_q, a_z(0);
         if constexpr (is_smooth(A)) {
           const Curve<S> curve = act_curve<A>(at.z[n]);
           g = dy[n] * curve.first, a_q = q * curve.first, a_z = dy[n] * curve.second * q;
         } else {
-          g = act_bwd<A>(dy[n], at.z[n], c.slope[n]), a_q = act_bwd<A>(q, at.z[n], c.slope[n]);
+          g = act_bwd<A>(dy[n], at.z[n], slope), a_q = act_bwd<A>(q, at.z[n], slope);
           if constexpr (A == Activation::prelu) {
-            a_q += k[3][n] * negative_part(at.z[n]);
-            a_z = k[3][n] * where_positive(at.z[n], S(0), dy[n]);
+            const S k3 = coefficients[3 * operands(op) + walk.operand + n % L];
+            a_q += k3 * negative_part(at.z[n]);
+            a_z = k3 * where_positive(at.z[n], S(0), dy[n]);
           }
         }
         a_dy.set(n, a_q);
@@ -97,9 +102,9 @@ __global__ void __launch_bounds__(kChannelThreads, 1) batch_norm_act_bwd_bwd_ker
         a_residual.set(n, a_z);
       }
     });
-    store_at(op.a_x, offset, a_x);
-    store_at(op.a_dy, offset, a_dy);
-    if (op.a_residual != nullptr) store_at(op.a_residual, offset, a_residual);
+    walk.store(op.a_x, a_x);
+    walk.store(op.a_dy, a_dy);
+    if (op.a_residual != nullptr) walk.store(op.a_residual, a_residual);
   }
 }
 

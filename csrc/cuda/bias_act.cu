@@ -6,18 +6,6 @@
 namespace fuseblock {
 namespace {
 
-// Blocks of a reduction, about: a few waves on every GPU, and few partial sums.
-constexpr int64_t kBlocks = 2048;
-// Elements of a channel that a block has at least, so that adding up the blocks' sums stays cheap.
-constexpr int64_t kShare = 16 * kChannelThreads, kLastShare = 128;
-
-// Splits must not depend on whether the operands are aligned: they are counted in elements.
-int64_t splits_of(const BiasAct& op) {
-  const int64_t blocks = op.channels_last ? divide_up(op.channels, 32) : op.channels;
-  const int64_t most = divide_up(op.samples * op.size, op.channels_last ? kLastShare : kShare);
-  return std::min(most, divide_up(kBlocks, blocks));
-}
-
 template <class T, int N>
 bool can_vectorise(const BiasAct& op) {
   return can_vectorise<T, N>(op, {op.x, op.dy, op.v, op.out, op.a_x});
@@ -41,13 +29,13 @@ template <class T>
 cudaError_t sum(const BiasAct& op, void* stream) {
   if (op.partials == nullptr) return cudaGetLastError();
   const unsigned kinds = op.activation == static_cast<int>(Activation::prelu) ? 2 : 1;
-  const dim3 grid(static_cast<unsigned>(divide_up(op.channels, kChannelThreads)), kinds);
-  FB_LAUNCH((bias_act_sum_kernel<State<T>>), grid, dim3(kChannelThreads), 0, stream, op, splits_of(op));
+  const dim3 grid(static_cast<unsigned>(divide_up(op.channels, kCombineWidth)), kinds), threads(kCombineWidth, kCombineHeight);
+  FB_LAUNCH((bias_act_sum_kernel<State<T>>), grid, threads, 0, stream, op, reduction_splits(op));
   return cudaGetLastError();
 }
 
 // Without sums, blocks need not be few.
-int64_t parts_of(const BiasAct& op) { return op.partials == nullptr ? 0 : splits_of(op); }
+int64_t parts_of(const BiasAct& op) { return op.partials == nullptr ? 0 : reduction_splits(op); }
 
 template <class T>
 cudaError_t bwd(const BiasAct& op, void* stream) {
@@ -74,7 +62,7 @@ cudaError_t dispatch(const BiasAct& op, int dtype, Launch launch) {
 
 using namespace fuseblock;
 
-int64_t bias_act_splits(const BiasAct* op) { return elements(*op) == 0 ? 0 : splits_of(*op); }
+int64_t bias_act_splits(const BiasAct* op) { return elements(*op) == 0 ? 0 : reduction_splits(*op); }
 
 int launch_bias_act_fwd(const BiasAct* op, int dtype, void* stream) {
   return dispatch(*op, dtype, [&]<class T>() { return fwd<T>(*op, stream); });

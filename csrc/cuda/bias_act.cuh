@@ -47,9 +47,6 @@ struct BiasActMath {
   }
 };
 
-// N neighbouring bits of a plane; N divides 8 or is 1, and the offset is a multiple of N.
-FB_HD unsigned bits_at(const uint8_t* plane, int64_t offset) { return static_cast<unsigned>(plane[offset >> 3]) >> (offset & 7); }
-
 // The parameters of a thread's channels; absent ones are zeros.
 template <class S, int L>
 struct BiasActChannels {
@@ -96,7 +93,7 @@ FB_HD void store_masks(const BiasAct& op, const BiasActMath<S>& math, int64_t by
 template <class T, int N, int L>
 __global__ void __launch_bounds__(kChannelThreads, kBiasActBlocks) bias_act_fwd_kernel(const BiasAct op) {
   using S = State<T>;
-  ChannelWalk<N> walk(op, blockIdx.x, blockIdx.y);
+  ChannelWalk<N, L> walk(op, blockIdx.x, blockIdx.y);
   const BiasActMath<S> math(op);
   const BiasActChannels<S, L> c(op, walk.operand, walk.has_channels);
   for (; walk.inside(); walk.next()) {
@@ -167,7 +164,7 @@ FB_HD void with_kept(Activation a, F&& f) {
 template <class T, int N, int L>
 __global__ void __launch_bounds__(kChannelThreads, kBiasActBlocks) bias_act_bwd_kernel(const BiasAct op) {
   using S = State<T>;
-  ChannelWalk<N> walk(op, blockIdx.x, blockIdx.y);
+  ChannelWalk<N, L> walk(op, blockIdx.x, blockIdx.y);
   const BiasActMath<S> math(op);
   const BiasActChannels<S, L> c(op, walk.operand, walk.has_channels);
   S sum[2 * L] = {};
@@ -202,7 +199,7 @@ __global__ void __launch_bounds__(kChannelThreads, kBiasActBlocks) bias_act_bwd_
 template <class T, int N, int L>
 __global__ void __launch_bounds__(kChannelThreads, kBiasActSecondBlocks) bias_act_bwd_bwd_kernel(const BiasAct op) {
   using S = State<T>;
-  ChannelWalk<N> walk(op, blockIdx.x, blockIdx.y);
+  ChannelWalk<N, L> walk(op, blockIdx.x, blockIdx.y);
   const BiasActMath<S> math(op);
   const BiasActChannels<S, L> c(op, walk.operand, walk.has_channels);
   const auto v_bias = per_channel<S, L>(op.v_bias, walk.operand, walk.has_channels, S(0));
@@ -248,16 +245,19 @@ __global__ void __launch_bounds__(kChannelThreads, kBiasActSecondBlocks) bias_ac
   write_partials<S, L>(op, walk.has_channels, walk.operand, sum);
 }
 
-// The sum over the splits of partials[k][split][channel]; blockIdx.y: k, of sums (0) or slope_sums.
+// The sum over the splits of partials[k][split][channel]; thread x a channel, y every eighth split; blockIdx.y: k, of sums (0)
+// or slope_sums.
 template <class S>
-__global__ void __launch_bounds__(kChannelThreads) bias_act_sum_kernel(const BiasAct op, int64_t splits) {
-  const int64_t channel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (channel >= op.channels) return;
+__global__ void __launch_bounds__(kCombineWidth* kCombineHeight) bias_act_sum_kernel(const BiasAct op, int64_t splits) {
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kCombineWidth + threadIdx.x;
   const S* const from = static_cast<const S*>(op.partials) + blockIdx.y * splits * op.channels + channel;
-  S total = 0;
-  for (int64_t split = 0; split < splits; ++split) total += from[split * op.channels];
+  S total[1] = {};
+  if (channel < op.channels) {
+    for (int64_t split = threadIdx.y; split < splits; split += kCombineHeight) total[0] += from[split * op.channels];
+  }
+  merge_threads<AddSums>(total, kCombineHeight);
   void* const to = blockIdx.y == 0 ? op.sums : op.slope_sums;
-  if (to != nullptr) static_cast<S*>(to)[channel] = total;
+  if (threadIdx.y == 0 && channel < op.channels && to != nullptr) static_cast<S*>(to)[channel] = total[0];
 }
 
 }  // namespace fuseblock

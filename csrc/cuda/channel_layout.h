@@ -10,8 +10,9 @@ struct ChannelLayout {
   int64_t samples, channels, size;
   bool channels_last;
 
-  // The launchers' own: blocks along the channels of a sample; how far a thread's visits are apart.
-  int64_t chunks, row_step, column_step;
+  // The launchers' own: blocks along the channels of a sample; how far a thread's visits are apart, in rows and columns of
+  // visits, and in elements but for the ends of rows.
+  int64_t chunks, row_step, column_step, step;
 };
 
 }  // namespace fuseblock

@@ -37,12 +37,35 @@ cudaError_t run_tiles(const Upfirdn2d& op, void* stream) {
   });
 }
 
+template <class T, int N, int kUp, int kDown>
+cudaError_t run_rows(const Upfirdn2d& op, void* stream) {
+  const int columns = op.out_w / N, rows = tiles<kUp>(op.out_h, Upfirdn2dTile<kUp, kDown>::y, op.pad_y);
+  return for_planes<T>(op, int64_t(columns) * rows, [&](const Upfirdn2d& part, unsigned blocks) {
+    FB_LAUNCH((upfirdn2d_row_kernel<T, N, kUp, kDown>), dim3(blocks), dim3(kUpfirdn2dThreads), 0, stream, part, columns, rows);
+  });
+}
+
+// Vectors of one channel's pixels; float64 is here to be right, not fast.
+template <class T>
+bool has_whole_rows(const Upfirdn2d& op) {
+  constexpr int width = kVectorWidth<T>;
+  return width > 2 && op.channels == 1 && op.in_w % width == 0 && op.out_w % width == 0;
+}
+
+template <class T, int N, int kUp, int kDown>
+cudaError_t run_images(const Upfirdn2d& op, bool aligned, void* stream) {
+  if constexpr (N == 1 && kVectorWidth<T> > 2) {
+    if (aligned && has_whole_rows<T>(op)) return run_rows<T, kVectorWidth<T>, kUp, kDown>(op, stream);
+  }
+  return run_tiles<T, N, kUp, kDown>(op, stream);
+}
+
 template <class T, int N>
-cudaError_t run(const Upfirdn2d& op, void* stream) {
+cudaError_t run(const Upfirdn2d& op, bool aligned, void* stream) {
   const bool square = op.up_x == op.up_y && op.down_x == op.down_y && op.taps_x == kTileTaps && op.taps_y == kTileTaps;
-  if (square && op.up_x == 1 && op.down_x == 1) return run_tiles<T, N, 1, 1>(op, stream);
-  if (square && op.up_x == 2 && op.down_x == 1) return run_tiles<T, N, 2, 1>(op, stream);
-  if (square && op.up_x == 1 && op.down_x == 2) return run_tiles<T, N, 1, 2>(op, stream);
+  if (square && op.up_x == 1 && op.down_x == 1) return run_images<T, N, 1, 1>(op, aligned, stream);
+  if (square && op.up_x == 2 && op.down_x == 1) return run_images<T, N, 2, 1>(op, aligned, stream);
+  if (square && op.up_x == 1 && op.down_x == 2) return run_images<T, N, 1, 2>(op, aligned, stream);
   return for_planes<T>(op, int64_t(op.out_w) * op.out_h * (op.channels / N), [&](const Upfirdn2d& part, unsigned blocks) {
     FB_LAUNCH((upfirdn2d_kernel<T, N>), dim3(blocks), dim3(kUpfirdn2dThreads), 0, stream, part);
   });
@@ -51,8 +74,8 @@ cudaError_t run(const Upfirdn2d& op, void* stream) {
 template <class T>
 cudaError_t choose_width(const Upfirdn2d& op, void* stream) {
   const bool aligned = (reinterpret_cast<uintptr_t>(op.x) | reinterpret_cast<uintptr_t>(op.y)) % 16 == 0;
-  if (aligned && op.channels % kVectorWidth<T> == 0) return run<T, kVectorWidth<T>>(op, stream);
-  return run<T, 1>(op, stream);
+  if (aligned && op.channels % kVectorWidth<T> == 0) return run<T, kVectorWidth<T>>(op, aligned, stream);
+  return run<T, 1>(op, aligned, stream);
 }
 
 }  // namespace

@@ -3,10 +3,13 @@
 //   tiles    4 x 4 taps, the same factor 1 or 2 in x and y: a thread does a small tile of outputs of N channels, so that an
 //            input is loaded once for all its products. Tiles start at multiples of the upsampling factor (in the padded
 //            image): which tap meets which input is known at compile time, and the filter stays in registers
+//   rows     the same filters and factors of images of one channel (NCHW): a thread has N neighbours of some rows of y. Of x
+//            it loads the whole vectors that hold what it needs, and moves that to their beginning in registers
 //   generic  any filter and factors, an output of N channels per thread
 //
-// Bytes an element, b of T: b read a sample of x, b written a sample of y; neighbours meet in the first cache. N > 1 moves
-// 16 bytes a time (channels-last). Accumulates in float (double for double).
+// Bytes an element, b of T: b read a sample of x, b written a sample of y; neighbours meet in the first cache. Tiles and the
+// generic kernel move 16 bytes a time with the channels last, rows where those of x and y are whole vectors; else single
+// elements. Accumulates in float (double for double).
 #pragma once
 
 #include "cuda/upfirdn2d.h"
@@ -50,7 +53,7 @@ FB_HD void store_pixel(const Upfirdn2d& op, int64_t plane, int row, int column, 
 #pragma unroll
   for (int n = 0; n < N; ++n) y.set(n, sum[n] * static_cast<State<T>>(op.gain));
   const int64_t pixel = (plane * op.out_h + row) * op.out_w + column;
-  *reinterpret_cast<Vec<T, N>*>(static_cast<T*>(op.y) + pixel * op.channels + channel) = y;
+  store_vector(static_cast<T*>(op.y) + pixel * op.channels + channel, y);
 }
 
 // Where a thread works: channel fastest, then columns and rows (of tiles or of outputs), then planes.
@@ -112,6 +115,83 @@ __global__ void __launch_bounds__(kUpfirdn2dThreads, 4) upfirdn2d_tile_kernel(co
       if (inside) store_pixel<T, N>(op, at.plane, row + i, column + j, at.channel, sum[i][j]);
     }
   }
+}
+
+// Neighbours in x that N neighbours in y need at most, and the vectors that hold so many, wherever they begin.
+template <int N, int kUp, int kDown>
+struct Upfirdn2dRow {
+  static constexpr int needed = ((N - 1) * kDown + kTileTaps + kUp - 2) / kUp + 1;
+  static constexpr int vectors = (needed + 2 * (N - 1)) / N;
+};
+
+// x[n] = x[n + ahead], ahead < 2 kStep: by powers of two, as registers have no index.
+template <int kStep, int M, class S>
+FB_HD void move_down(S (&x)[M], int ahead) {
+  if constexpr (kStep > 0) {
+#pragma unroll
+    for (int n = 0; n + kStep < M; ++n) {
+      const S here = x[n], there = x[n + kStep];
+      x[n] = (ahead & kStep) != 0 ? there : here;
+    }
+    move_down<kStep / 2>(x, ahead);
+  }
+}
+
+// kRest: places of the upsampled image from the sample on or before the thread's first window to that window.
+template <class T, int N, int kUp, int kDown, int kRest>
+__device__ void upfirdn2d_rows(const Upfirdn2d& op, const Upfirdn2dPlace& at, int first) {
+  using S = State<T>;
+  using Tile = Upfirdn2dTile<kUp, kDown>;
+  using Row = Upfirdn2dRow<N, kUp, kDown>;
+  S w[kTileTaps][kTileTaps];
+#pragma unroll
+  for (int k = 0; k < kTileTaps; ++k) {
+#pragma unroll
+    for (int l = 0; l < kTileTaps; ++l) w[k][l] = filter_tap<S>(op, k, l);
+  }
+  const int row = at.row * Tile::y - tile_shift<kUp>(op.pad_y), in_row = (row * kDown - op.pad_y) / kUp;  // exact
+  const int ahead = first & (N - 1);  // of a negative number, too
+  S sum[Tile::y][N] = {};
+#pragma unroll
+  for (int r = 0; r < Tile::in_y; ++r) {
+    if (in_row + r < 0 || in_row + r >= op.in_h) continue;
+    S x[Row::vectors * N];
+#pragma unroll
+    for (int v = 0; v < Row::vectors; ++v) {
+      const int column = first - ahead + v * N;
+      const bool inside = column >= 0 && column < op.in_w;
+      const Vec<T, N> some = inside ? load_pixel<T, N>(op, at.plane, in_row + r, column, 0) : zeros<T, N>();
+#pragma unroll
+      for (int n = 0; n < N; ++n) x[v * N + n] = some[n];
+    }
+    move_down<N / 2>(x, ahead);
+#pragma unroll
+    for (int i = 0; i < Tile::y; ++i) {
+      const int k = r * kUp - i * kDown;
+      if (k < 0 || k >= kTileTaps) continue;
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int l = 0; l < kTileTaps; ++l) {
+          const int place = n * kDown + l + kRest;
+          if (place % kUp == 0) sum[i][n] += w[k][l] * x[place / kUp];
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < Tile::y; ++i) {
+    if (row + i >= 0 && row + i < op.out_h) store_pixel<T, N>(op, at.plane, row + i, at.column * N, 0, sum[i]);
+  }
+}
+
+template <class T, int N, int kUp, int kDown>
+__global__ void __launch_bounds__(kUpfirdn2dThreads, 4) upfirdn2d_row_kernel(const Upfirdn2d op, int columns, int rows) {
+  const Upfirdn2dPlace at(op, 1, columns, rows);
+  if (at.plane >= op.planes) return;
+  const int place = at.column * N * kDown - op.pad_x, rest = place & (kUp - 1), first = (place - rest) / kUp;  // exact
+  if (kUp == 1 || rest == 0) return upfirdn2d_rows<T, N, kUp, kDown, 0>(op, at, first);
+  if constexpr (kUp == 2) upfirdn2d_rows<T, N, kUp, kDown, 1>(op, at, first);
 }
 
 // The first tap that meets an input or a place where one would be, for the window at `place` of the upsampled image.

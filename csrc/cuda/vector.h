@@ -18,6 +18,25 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec {
 template <class T>
 inline constexpr int kVectorWidth = 16 / static_cast<int>(sizeof(T));
 
+// Puts x at `to` in global memory. By PTX, as the compiler takes the copy of a Vec apart and does not always put it together.
+template <class T, int N>
+FB_HD void store_vector(T* to, const Vec<T, N>& x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(x) % 16 == 0) {
+    uint32_t words[sizeof(x) / 4];
+    memcpy(words, &x, sizeof(x));
+#pragma unroll
+    for (size_t i = 0; i < sizeof(x) / 16; ++i) {
+      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to) + 16 * i), "r"(words[4 * i]),
+                   "r"(words[4 * i + 1]), "r"(words[4 * i + 2]), "r"(words[4 * i + 3])
+                   : "memory");
+    }
+    return;
+  }
+#endif
+  *reinterpret_cast<Vec<T, N>*>(to) = x;
+}
+
 // Only plain ld/st: outputs may be views of inputs, so the read-only cache must not be used.
 template <class T, int N>
 FB_HD Vec<T, N> load(const Rows& rows, int64_t row, int64_t column) {

@@ -108,10 +108,11 @@ py::tuple last_launch() {
   return py::make_tuple(grid.x, grid.y, block.x, block.y);
 }
 
-void set_device(bool clusters, size_t shared_bytes) {
+void set_device(bool clusters, size_t shared_bytes, unsigned largest_cluster) {
   cuda_emulator::Device device;
   device.clusters = clusters;
   device.shared_bytes = shared_bytes;
+  device.largest_cluster = largest_cluster;
   cuda_emulator::set_device(device);
 }
 
@@ -121,7 +122,8 @@ PYBIND11_MODULE(emulated_batch_norm_act, m) {
   m.def("launch", &launch);
   m.def("splits", &splits);
   m.def("last_launch", &last_launch);
-  m.def("set_device", &set_device, py::arg("clusters") = true, py::arg("shared_bytes") = 227 << 10);
+  m.def("set_device", &set_device, py::arg("clusters") = true, py::arg("shared_bytes") = 227 << 10,
+        py::arg("largest_cluster") = 16);
   m.def("set_seed", &cuda_emulator::set_seed);
   m.def("set_workers", &cuda_emulator::set_workers);
 }

@@ -22,9 +22,16 @@ void upfirdn2d(uintptr_t x, uintptr_t f, uintptr_t y, int64_t planes, int64_t ch
   if (error != 0) throw py::value_error("the launcher returned cudaError " + std::to_string(error));
 }
 
+// Blocks and threads of the last launch.
+py::tuple last_launch() {
+  const auto [grid, block] = cuda_emulator::last_launch();
+  return py::make_tuple(grid.x, block.x);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(emulated_upfirdn2d, m) {
+  m.def("last_launch", &last_launch);
   m.def("upfirdn2d", &upfirdn2d);
   m.def("set_seed", &cuda_emulator::set_seed);
 }

@@ -44,6 +44,10 @@ CASES = [
             (False, "elu", None),
         ]
     ),
+    # An odd number of positions, where two threads share vectors in the second order.
+    Case((3, 24, 5, 7), True, "relu", torch.bfloat16, saved="mask"),
+    Case((1, 8, 1, 1), True, "silu", torch.bfloat16, saved="residual"),
+    Case((3, 40, 3, 3), True, "prelu", torch.float16, saved="residual"),
     Case((2, 16, 4, 4), False, "silu", torch.bfloat16, saved="residual", offset=1),
     Case((2, 16, 4, 4), True, "relu", torch.float32, saved="residual", offset=3),
     Case((2, 16, 4, 4), True, "relu", torch.float32, saved="mask", offset=2),
@@ -196,7 +200,7 @@ def test_results_repeat_whatever_the_order_of_threads(last: bool) -> None:
 
 
 def test_cuda_reads_vectors_where_rows_are_aligned() -> None:
-    """Threads of the last launch over the elements of a row: 16 bytes each, 4 elements at most in the second order."""
+    """Threads of the last launch over the channels of a position: 16 bytes each, 4 channels at most in the second order."""
     if DEVICE == "cuda":
         pytest.skip("launches are the emulator's")
     from ..emulator import load
@@ -220,6 +224,32 @@ def test_cuda_reads_vectors_where_rows_are_aligned() -> None:
         assert width() == wide
         norm.kernels.bwd_bwd_apply(dy, None, dy, site, torch.zeros(9, 16, dtype=site.mean.dtype))
         assert width() == second
+
+
+def test_cudas_reductions_are_not_split_into_crumbs() -> None:
+    """Blocks for every multiprocessor of a large GPU, none with less than 16 elements a thread, and 256 shares at most."""
+    if DEVICE == "cuda":
+        pytest.skip("launches are the emulator's")
+    from ..emulator import load
+    from ..emulator.bias_act import EmulatedBiasAct
+
+    kernels = load()
+    for shape, last, splits in [
+        ((8, 64, 8, 8), True, 8),
+        ((8, 8, 32, 32), True, 16),
+        ((2, 3, 5, 7), True, 1),
+        ((16, 512, 16, 16), True, 128),
+        ((64, 64, 128, 128), True, 256),
+        ((64, 1024, 64, 64), True, 66),
+        ((8, 64, 8, 8), False, 1),
+        ((64, 64, 128, 128), False, 9),
+        ((64, 1, 128, 128), False, 256),
+    ]:
+        layout = torch.channels_last if last else torch.contiguous_format
+        x = torch.empty(shape, device="meta", memory_format=layout)
+        constants = {"activation": 0, "negative_slope": 0.0, "gain": 1.0, "clamp": 1.0}
+        assert kernels.norm._module.splits(kernels.norm.numbers(x)) == splits, shape
+        assert kernels.bias_act_kernels._module.splits(EmulatedBiasAct.sizes(x) | constants) == splits, shape
 
 
 def test_sizes_and_dtypes_that_cuda_refuses() -> None:

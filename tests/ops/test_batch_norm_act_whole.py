@@ -185,6 +185,17 @@ def test_limits_of_the_device(norm: Any, last: bool) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_without_room_for_clusters(norm: Any, last: bool) -> None:
+    """A device that has clusters, and a driver that starts none: several launches instead, and no error is left."""
+    case = Case((4, 16, 16, 16), last, "silu", FLOAT32)
+    norm.set_device(clusters=False, shared_bytes=(24 if last else 5) << 10)
+    several = check(norm.kernels, case)
+    norm.set_device(largest_cluster=1)
+    refused = check(norm.kernels, case)
+    assert all(torch.equal(a, b) for a, b in zip(refused, several, strict=True))
+
+
 @pytest.mark.parametrize("case", [RESIDENT[0][0], RESIDENT[3][0]], ids=str)
 def test_results_repeat_whatever_the_order_of_threads(norm: Any, case: Case) -> None:
     want = check(norm.kernels, case)

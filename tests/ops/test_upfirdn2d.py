@@ -14,7 +14,9 @@ from torch.autograd import grad
 import fuseblock
 from fuseblock import functional
 
-from ..backends import NAMES, Forced, available
+from .. import emulator
+from ..backends import DEVICE, NAMES, Forced, available
+from ..emulator.upfirdn2d import EmulatedUpfirdn2d
 from .bounds import error_ratio, poisoned_outputs, relative_error, state_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -95,6 +97,14 @@ CASES = {
     "filter shorter than up": ((1, 2, 3, 4), (1, 1), (4, 3), (1, 1), 0),
     "many channels": ((1, 96, 4, 3), (4, 4), 1, 1, (2, 1, 2, 1)),
     "larger": ((1, 3, 33, 31), (4, 4), 1, 2, (1, 1, 1, 1)),
+    # Rows of whole vectors, in x and in y.
+    "rows": ((2, 3, 5, 16), (4, 4), 1, 1, (2, 1, 2, 1)),
+    "rows, far padding": ((1, 1, 2, 8), (4, 4), 1, 1, (9, 10, 3, 4)),
+    "rows, crop": ((1, 2, 9, 24), (4, 4), 1, 1, (-9, 4, -2, 0)),
+    "rows, up": ((1, 3, 5, 8), (4, 4), 2, 1, (2, 1, 2, 1)),
+    "rows, up, odd padding": ((1, 2, 4, 16), (4, 4), 2, 1, (3, 0, 1, 2)),
+    "rows, down": ((1, 3, 9, 32), (4, 4), 1, 2, (1, 1, 1, 1)),
+    "rows, down, odd padding": ((1, 2, 6, 16), (4, 4), 1, 2, (-3, 5, 4, 0)),
 }
 
 
@@ -147,6 +157,26 @@ def test_triton_in_small_blocks(case: str, monkeypatch: pytest.MonkeyPatch) -> N
             with poisoned_outputs():
                 got = run(triton, x, f, up, down, padding)
             torch.testing.assert_close(got, by_definition(x, f, up, down, padding), rtol=0, atol=1e-13)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="launches are the emulator's")
+def test_cuda_takes_whole_vectors_of_a_row() -> None:
+    """One thread for all elements of a vector, where rows of x and y are whole vectors of 16 bytes."""
+    module, f = emulator.load_family("upfirdn2d", "plain"), torch.ones(4, 4)
+    run = EmulatedUpfirdn2d(module).upfirdn2d
+    for dtype, offset, width, vector in [
+        (torch.float32, 0, 64, 4),
+        (torch.bfloat16, 0, 64, 8),
+        (torch.bfloat16, 0, 68, 1),
+        (torch.bfloat16, 1, 64, 1),
+        (torch.float64, 0, 64, 1),
+    ]:
+        x = torch.zeros(32 * 4 * width + offset, dtype=dtype)[offset:].view(1, 32, 4, width)
+        f = f.to(state_dtype(dtype))
+        run(x, f, 1, 1, 1, 1, 2, 1, 2, 1, False, 1.0)
+        assert module.last_launch()[:1] == (32 * width // vector // 128,)
+        run(x, f, 1, 1, 1, 1, 2, 2, 2, 1, False, 1.0)  # y's rows are longer by one
+        assert module.last_launch()[:1] == (-(-32 * (width + 1) // 128),)
 
 
 def test_threads_do_not_change_a_bit() -> None:

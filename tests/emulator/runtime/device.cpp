@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "scheduler.h"
 
@@ -10,6 +11,7 @@ namespace cuda_emulator {
 namespace {
 
 Device g_device;
+thread_local cudaError_t t_last_error = cudaSuccess;
 
 }  // namespace
 
@@ -37,7 +39,8 @@ cudaError_t launch_placed(const fuseblock::Placement& placement, dim3 grid, dim3
                           const std::function<void()>& thread) {
   const fuseblock::Residency resident = resident_blocks(placement, block, shared_bytes);
   if (resident.blocks == 0) {
-    return placement.cluster > 1 && g_device.clusters ? cudaErrorInvalidClusterSize : cudaErrorInvalidConfiguration;
+    const bool is_cluster = placement.cluster > 1 && g_device.clusters;
+    return t_last_error = is_cluster ? cudaErrorInvalidClusterSize : cudaErrorInvalidConfiguration;
   }
   const uint64_t blocks = 1ull * grid.x * grid.y * grid.z;
   if (placement.cooperative && blocks > static_cast<uint64_t>(resident.blocks)) return cudaErrorCooperativeLaunchTooLarge;
@@ -47,9 +50,9 @@ cudaError_t launch_placed(const fuseblock::Placement& placement, dim3 grid, dim3
 
 }  // namespace cuda_emulator
 
-// What the launchers call instead of the CUDA runtime's. Launches throw, so there never is an error to fetch, and are over
-// when they return.
-extern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }
+// What the launchers call instead of the CUDA runtime's. Launches are over when they return, and throw what a kernel does
+// wrong: the only error to fetch is that of a launch that was refused.
+extern "C" cudaError_t cudaGetLastError() { return std::exchange(cuda_emulator::t_last_error, cudaSuccess); }
 
 extern "C" cudaError_t cudaMemset2DAsync(void* to, size_t pitch, int value, size_t width, size_t height, cudaStream_t) {
   for (size_t row = 0; row < height; ++row) std::memset(static_cast<char*>(to) + row * pitch, value, width);
