@@ -82,7 +82,7 @@ class _NormConvolution(torch.autograd.Function):
         want_x, want_weight, want_bias, want_conv, want_conv_bias = wanted(ctx)
         want_affine = want_weight or want_bias
         with dispatch.backend(ctx.forced):
-            run = _recorded if backward_is_seen() or torch._C._are_functorch_transforms_active() else _fused
+            run = _recorded if backward_is_seen() else _fused
             dx, dweight, dbias, dconv = run(ctx, dy, want_x, want_affine, want_conv)
         return (
             dx if want_x else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -99,14 +100,40 @@ def test_only_the_gradients_asked_for(backwards: list[Tensor]) -> None:
 
     assert (masks([x]), len(backwards)) == ([], 1)
     assert (masks([norm.bias]), len(backwards)) == ([], 2)
-    assert (masks([conv.weight, conv.bias]), len(backwards)) == ([[False, True, False]], 2)
-    assert (masks([x, conv.weight]), len(backwards)) == ([[False, True, False]], 3)
-    assert (masks([x], create_graph=True), len(backwards)) == ([[True, False, False]], 3)
+    assert (masks([norm.weight]), len(backwards)) == ([], 3)
+    assert (masks([conv.weight, conv.bias]), len(backwards)) == ([[False, True, False]], 3)
+    assert (masks([x, conv.weight]), len(backwards)) == ([[False, True, False]], 4)
+    for wanted in ([x], [norm.weight]):
+        assert (masks(wanted, create_graph=True), len(backwards)) == ([[True, False, False]], 4)
     conv.requires_grad_(False)
     net(x).sum().backward()
-    assert len(backwards) == 4
+    assert len(backwards) == 5
     assert conv.weight.grad is None
     assert norm.weight.grad is not None
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *unused: Tensor) -> None:
+        return None
+
+
+@pytest.mark.usefixtures("triton")
+def test_batched_and_undefined_gradients(backwards: list[Tensor]) -> None:
+    net = fused(nn.Sequential(nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 3, 3))).double().to(DEVICE)
+    x = torch.randn(2, 2, 4, 5, device=DEVICE, dtype=torch.float64, requires_grad=True)
+    y = net(x)
+    several = torch.randn(3, *y.shape, device=DEVICE, dtype=y.dtype)
+    (batched,) = torch.autograd.grad(y, x, several, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in several]
+    torch.testing.assert_close(batched, torch.stack(each))
+    count = len(backwards)
+    assert torch.autograd.grad(NoGradient.apply(y), x, torch.ones_like(y), allow_unused=True) == (None,)
+    assert len(backwards) == count
 
 
 @pytest.mark.usefixtures("triton")

@@ -15,14 +15,11 @@ import fuseblock
 from fuseblock import dispatch, ops
 from fuseblock._activations import activate
 
-from .. import traffic
-from ..backends import DEVICE, Forced, available
-from ..benchmarks_package import load
+from ..backends import Forced, available
 from .bounds import Orders, check_orders, poisoned_outputs, relative_error, state_dtype
 from .conv_stats_cases import DTYPES, LAYOUTS
 from .test_conv2d_stats import forced as forced
 from .test_conv2d_stats import small_blocks as small_blocks
-from .test_counted_passes import TOLERANCE, check
 
 EPS, SLOPE = 1e-5, 0.2
 
@@ -180,37 +177,6 @@ def test_non_finite_gradients(forced: Forced) -> None:
     ):
         assert not got[:3].isfinite().any()
         assert relative_error(got[3:], expected[3:].double()) < 1e-5
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="kernels are counted in the interpreter")
-@pytest.mark.parametrize(
-    ("taps", "stride", "name", "layout"),
-    [(3, 1, "norm_act_conv_bwd", "channels_last"), (4, 2, "conv_transpose2d_subpixel", "rows")],
-)
-def test_counted_passes(taps: int, stride: int, name: str, layout: str) -> None:
-    """Besides what the convolution moves: it reads the norm's input; then that and G are read, and dx is written."""
-    case = Case((taps, taps), (stride, stride), channels=21, out_channels=13, image=(24, 28))
-    x, w, weight, bias, dy = case.draw()
-    x, w, dy = (t.bfloat16().contiguous(memory_format=LAYOUTS[layout]) for t in (x, w, dy))
-    per_channel = (t.float() for t in (weight, bias, bias, weight.abs()))
-    registry = load("model_kernels")
-    with available("triton"), fuseblock.backend("triton"), traffic.of_interpreted() as launches:
-        ops.norm_act_conv_bwd(x, w, dy, *per_channel, *case.geometry, case.activation, SLOPE)
-    shared = {"b": x.element_size(), "p": 0}
-    sizes = {"X": dy.numel(), "Y": x.numel(), "W": w.numel(), "g": 1, "q": 1, "C": 13, "O": 21, "P": stride}
-    gradient, apply = launches
-    kernel = registry.CONVOLUTION.kernel(name)
-    assert gradient.name == kernel.triton
-    check([gradient], kernel, **shared, **sizes)
-    norm = registry.NORM
-    check(
-        [apply],
-        norm.kernel("batch_norm_act_bwd"),
-        **dict.fromkeys(norm.symbols, 0) | {"E": x.numel(), "C": 21, "b": 2},
-    )
-    own = dy.nbytes + x.nbytes + w.nbytes
-    moved = sum(launch.read + launch.written for launch in launches) - own
-    assert moved / x.nbytes == pytest.approx(load("model_blocks").REDUCED.backward, rel=TOLERANCE)
 
 
 def test_who_runs_it() -> None:
