@@ -8,9 +8,6 @@ namespace fuseblock::cpu {
 
 namespace {
 
-// Elements that one thread writes in the time that it takes to wake another.
-constexpr int64_t kElementsPerThread = 32768;
-
 // Rows are short, mostly: a call of memcpy would take longer than the copy.
 void copy_row(const float* from, float* to, int64_t count) {
   constexpr int64_t kStep = 8;
@@ -65,17 +62,15 @@ struct Split {
 
 }  // namespace
 
-void im2col(const Im2col& a, const Threads& threads) {
-  const int64_t pixels = a.rows * a.out_w, taps = a.kernel_h * a.kernel_w;
-  parallel_for(threads, a.channels, kElementsPerThread / (pixels * taps) + 1, [&](int64_t begin, int64_t end) {
-    Split split(a);
-    for (int64_t channel = begin; channel < end; ++channel) {
-      split.fill(channel);
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        split.write(tap / a.kernel_w, tap % a.kernel_w, a.columns + (channel * taps + tap) * pixels);
-      }
+void im2col(const Im2col& a) {
+  Split split(a);
+  const int64_t taps = a.kernel_h * a.kernel_w;
+  for (int64_t channel = 0; channel < a.channels; ++channel) {
+    split.fill(channel);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      split.write(tap / a.kernel_w, tap % a.kernel_w, a.columns + (channel * taps + tap) * a.rows * a.out_w);
     }
-  });
+  }
 }
 
 }  // namespace fuseblock::cpu

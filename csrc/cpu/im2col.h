@@ -4,7 +4,7 @@
 //   columns[(c, k, l), (i, j)] = x[c, (first + i) stride_h + k dilation_h - pad_h, j stride_w + l dilation_w - pad_w], 0 outside
 #pragma once
 
-#include "threads.h"
+#include <cstdint>
 
 namespace fuseblock::cpu {
 
@@ -15,6 +15,6 @@ struct Im2col {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 };
 
-void im2col(const Im2col&, const Threads&);
+void im2col(const Im2col&);
 
 }  // namespace fuseblock::cpu

@@ -66,8 +66,8 @@ STABLE_TORCH_LIBRARY(fuseblock_cpu, m) {
       "bias_act(Tensor x, Tensor? bias, Tensor? slope, int activation, float negative_slope, float gain, float clamp,"
       " bool save) -> (Tensor y, Tensor mask)");
   m.def(
-      "im2col(Tensor x, Tensor(a!) columns, int first, int out_w, int[] kernel, int[] stride, int[] padding, int[] dilation)"
-      " -> ()");
+      "conv2d_columns(Tensor dy, Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation, int tile_bytes)"
+      " -> (Tensor y, Tensor dweight)");
   m.def("leaky_relu_(Tensor(a!) x, float negative_slope) -> Tensor mask");
   m.def(
       "bias_act_bwd(Tensor dy, Tensor? x, Tensor? bias, Tensor? slope, Tensor? mask, int activation,"

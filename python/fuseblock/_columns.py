@@ -1,11 +1,11 @@
-"""A convolution and a weight gradient of one image as two matrix products on a CPU.
+"""A convolution and a weight gradient of the same images as two matrix products on a CPU.
 
-Both terms of a convolution's second derivative that a gradient penalty asks for multiply the columns of the same image
-(`csrc/cpu/im2col.h`), for each sample W columns(v) and dy columns(v)^T. oneDNN works in blocks of sixteen channels, and in
-those a convolution from 50 to 100 channels multiplies by zero three times of ten; a matrix product does not. With full
-blocks oneDNN is faster, and columns need not be written.
+Both terms of a convolution's second derivative that a gradient penalty asks for multiply the columns of the same image, for
+each sample W columns(v) and dy columns(v)^T (`csrc/torch/conv2d_columns_cpu.cpp`). oneDNN works in blocks of sixteen
+channels, and in those a convolution from 50 to 100 channels multiplies by zero three times of ten; a matrix product does
+not. With full blocks oneDNN is faster, and columns need not be written.
 
-The columns of a few rows of output stay in the second cache between the products.
+Columns are made of some rows of output at a time, and stay in the second cache between the products.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from ._library import plain_eager, wants_gradient
 if TYPE_CHECKING:
     from ._convolution import Geometry
 
-_IM2COL = torch.ops.fuseblock_cpu.im2col.default if _ext.has("fuseblock_cpu", "im2col") else None
+_PRESENT = _ext.has("fuseblock_cpu", "conv2d_columns")
+_CONV2D_COLUMNS = torch.ops.fuseblock_cpu.conv2d_columns.default if _PRESENT else None
 #: Channels of a block of oneDNN's convolutions with AVX-512, where this has been measured, and those up to which it has
 #: kernels that do without blocks.
 _BLOCK, _FEW = 16, 8
@@ -32,16 +33,14 @@ _WRITE, _MARGIN = 17, 1.2
 _FLOP, _PIXELS = 4_000_000, 64
 #: Bytes of columns made at a time: in fewer, products are too short; more would leave the caches.
 _TILE_BYTES = 2 << 20
-_PRODUCTS = (
-    _IM2COL is not None
-    and torch.backends.mkl.is_available()
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+_MEASURED = (
+    _PRESENT and torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 )
 
 
 def fits(dy: Tensor, v: Tensor, w: Tensor, geometry: Geometry) -> bool:
     """Whether `convolution_and_weight_gradient` can run and is the faster way."""
-    if not _PRODUCTS or geometry.transposed or geometry.groups != 1 or dy.dim() != 4:
+    if not _MEASURED or geometry.transposed or geometry.groups != 1 or dy.dim() != 4:
         return False
     if any(not t.is_cpu or t.dtype is not torch.float32 or not t.is_contiguous() for t in (dy, v, w)):
         return False
@@ -67,22 +66,6 @@ def convolution_and_weight_gradient(
     dy: (N, C_out, H', W'), v: (N, C_in, H, W), w: (C_out, C_in, kh, kw); float32, contiguous. Padding is multiplied like any
     zero: with a value that is not finite it gives NaN.
     """
-    assert _IM2COL is not None
-    stride, padding, dilation = geometry[:3]
-    (outputs, inputs, *kernel), (height, width) = w.shape, dy.shape[2:]
-    depth = inputs * kernel[0] * kernel[1]
-    weights, cotangents = w.view(outputs, depth), dy.view(*dy.shape[:2], -1)
-    y, gradient = torch.empty_like(dy), w.new_zeros(outputs, depth)
-    results = y.view_as(cotangents)
-    rows = min(height, max(1, _TILE_BYTES // (4 * depth * width)))
-    scratch = w.new_empty(depth * rows * width)
-    for first in range(0, height, rows):
-        pixels = slice(first * width, min(first + rows, height) * width)
-        count = pixels.stop - pixels.start
-        columns = scratch[: depth * count].view(depth, count)
-        transposed = columns.t()
-        for image, cotangent, result in zip(v, cotangents[..., pixels], results[..., pixels], strict=True):
-            _IM2COL(image, columns, first, width, kernel, stride, padding, dilation)
-            torch.mm(weights, columns, out=result)
-            gradient.addmm_(cotangent, transposed)
-    return y, gradient.view_as(w)
+    assert _CONV2D_COLUMNS is not None
+    y, gradient = _CONV2D_COLUMNS(dy, v, w, *geometry[:3], _TILE_BYTES)
+    return y, gradient
