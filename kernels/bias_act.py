@@ -163,7 +163,7 @@ def _store_sums(sums_ptr, kind, total, channels, BLOCK_C: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["m_count", "plane_bytes", "tiles"],
+    do_not_specialize=["plane_bytes", "tiles"],  # m_count of whole vectors makes wide accesses
     do_not_specialize_on_alignment=["bias_ptr", "slope_ptr", "mask_ptr", "sums_ptr"],
 )
 def bias_act_bwd_kernel(
@@ -217,7 +217,7 @@ def bias_act_bwd_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["m_count", "plane_bytes", "tiles"],
+    do_not_specialize=["plane_bytes", "tiles"],  # m_count of whole vectors makes wide accesses
     do_not_specialize_on_alignment=[
         "v_bias_ptr",
         "v_slope_ptr",

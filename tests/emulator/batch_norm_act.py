@@ -23,7 +23,8 @@ class EmulatedBatchNormAct:
         set_seed: (int) order in which the threads of a block take turns, 0: ascending.
         set_workers: (int) how many blocks run at the same time.
         last_launch: [blocks over channels, over positions, threads over channels, over positions].
-        set_device: (clusters, shared_bytes, largest_cluster) limits of the GPU that channels are to fit on; default: an H200.
+        set_device: (clusters, shared_bytes, largest_cluster) limits of the GPU that channels are to fit on; default:
+            an H200.
     """
 
     def __init__(self, module: ModuleType) -> None:

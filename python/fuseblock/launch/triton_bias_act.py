@@ -16,10 +16,10 @@ from ..dispatch import Candidate
 from ..reference.bias_act import PRELU, keeps_x, planes
 from . import _triton
 
-#: Elements of a tile.
-TILE = 1024
-#: Warps of the forward, whose threads own 8 elements, and of the derivatives, which would spill with so many.
-FORWARD_WARPS, WARPS = 4, 8
+#: Elements of a tile of the forward, and its warps: a thread owns 8 elements.
+TILE, FORWARD_WARPS = 1024, 4
+#: Warps of the derivatives, whose threads own 16 bytes.
+WARPS = 8
 #: Programs of a kernel that sums, about: a few waves of blocks on every GPU, and few partial sums.
 PROGRAMS = 1024
 
@@ -80,17 +80,17 @@ class _Site:
         }
 
 
-def gpu_tile(channels: int, channels_last: bool) -> tuple[int, int]:
+def gpu_tile(channels: int, channels_last: bool, itemsize: int) -> tuple[int, int]:
     """(BLOCK_M, BLOCK_C) on a GPU: neighbouring threads read neighbouring elements."""
     block_c = min(max(triton.next_power_of_2(channels), 1), 128) if channels_last else 1
-    return TILE // block_c, block_c
+    return WARPS * 32 * 16 // itemsize // block_c, block_c
 
 
 def _grid(site: _Site) -> tuple[tuple[int, int], int, int, int]:
     """((blocks of channels, splits), tiles of a program, BLOCK_M, BLOCK_C)."""
     if _triton.INTERPRETED:  # its time is that of the number of programs
         return (1, 1), 1, triton.next_power_of_2(site.pixels), triton.next_power_of_2(site.channels)
-    block_m, block_c = gpu_tile(site.channels, site.channels_last)
+    block_m, block_c = gpu_tile(site.channels, site.channels_last, site.x.element_size())
     blocks, tiles = triton.cdiv(site.channels, block_c), triton.cdiv(site.pixels, block_m)
     tiles_each = triton.cdiv(tiles, max(PROGRAMS // blocks, 1))
     return (blocks, triton.cdiv(tiles, tiles_each)), tiles_each, block_m, block_c
