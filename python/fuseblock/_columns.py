@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 _PRESENT = _ext.has("fuseblock_cpu", "conv2d_columns")
 _CONV2D_COLUMNS = torch.ops.fuseblock_cpu.conv2d_columns.default if _PRESENT else None
-#: Channels of a block of oneDNN's convolutions with AVX-512, where this has been measured, and those up to which it has
-#: kernels that do without blocks.
-_BLOCK, _FEW = 16, 8
+#: Channels of a block of oneDNN's convolutions with AVX-512, where this has been measured, and those of images, for which it
+#: has other kernels.
+_BLOCK, _IMAGE = 16, 3
 #: Writing an element of the columns takes as long as the multiply-adds of so many outputs with it; what else columns have
 #: to win.
-_WRITE, _MARGIN = 17, 1.2
+_WRITE, _MARGIN = 12, 1.1
 #: Floating-point operations and pixels of an image's result from on which calls cost little beside products.
 _FLOP, _PIXELS = 4_000_000, 64
 #: Bytes of columns made at a time: in fewer, products are too short; more would leave the caches.
@@ -48,7 +48,7 @@ def fits(dy: Tensor, v: Tensor, w: Tensor, geometry: Geometry) -> bool:
     blocks = -(-inputs // _BLOCK) * -(-outputs // _BLOCK)
     pixels = dy.shape[2] * dy.shape[3]
     return (
-        min(inputs, outputs) > _FEW
+        inputs > _IMAGE
         and _MARGIN * inputs * (outputs + _WRITE) <= blocks * _BLOCK**2
         and pixels >= _PIXELS
         and 4 * w.numel() * pixels >= _FLOP
