@@ -245,7 +245,11 @@ SOURCES = [
     Source("python/fuseblock/functional/_upfirdn2d.py", "python", ((_IMAGES, "-k", "not cuda"),)),
     Source("python/fuseblock/ops/_conv_stats.py", "python", (_selected("not triton", *_CONV_STATS),)),
     Source("python/fuseblock/ops/conv2d_act.py", "python", (_selected("not triton", _CONV_ACT),)),
-    Source("python/fuseblock/ops/norm_act_conv_bwd.py", "python", (_selected("not triton", _NORM_CONV),)),
+    Source(
+        "python/fuseblock/ops/norm_act_conv_bwd.py",
+        "python",
+        (_selected("not triton and not all_sizes", _NORM_CONV),),
+    ),
     Source("python/fuseblock/_conv_engine.py", "python", ((_CONV_BLOCKS,),)),
     Source("python/fuseblock/nn/_fused_convolution.py", "python", ((_CONV_BLOCKS, _NORM_CONV_BLOCKS),)),
     Source("python/fuseblock/_norm_convolution.py", "python", ((_NORM_CONV_BLOCKS,),)),

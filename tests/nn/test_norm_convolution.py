@@ -137,6 +137,27 @@ def test_batched_and_undefined_gradients(backwards: list[Tensor]) -> None:
 
 
 @pytest.mark.usefixtures("triton")
+def test_residual_blocks(backwards: list[Tensor]) -> None:
+    """Between the convolutions; the residual is added by the last norm."""
+    for mode, norm, count in (
+        ("same", "batch", 1),
+        ("up", "batch", 1),
+        ("down", "batch", 2),
+        ("same", None, 0),
+    ):
+        torch.manual_seed(0)
+        block = fuseblock.nn.ResidualBlock2d(3, mode=mode, norm=norm).double().to(DEVICE)
+        x = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=DEVICE)
+        backwards.clear()
+        got = first_order(copy.deepcopy(block), x)
+        with fuseblock.backend("reference"):
+            want = first_order(block, x)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+        assert len(backwards) == count
+
+
+@pytest.mark.usefixtures("triton")
 def test_autocast(backwards: list[Tensor]) -> None:
     """Where the norm's input has the dtype of autocast; weights have not."""
     torch.manual_seed(0)

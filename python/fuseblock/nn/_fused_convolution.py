@@ -67,7 +67,7 @@ def through(
 ) -> tuple[Tensor, int] | None:
     """(result, number of followers in it) of conv and modules behind it; None where PyTorch's convolution is to run.
 
-    ``residual`` is added by a norm that is the only follower.
+    ``residual`` is added by the last follower, a norm.
     """
     if not may_choose(x) or not followers:
         return None
@@ -104,22 +104,25 @@ def _normalised(
     """(result, number of modules in it) of a norm and modules behind it, of x with these statistics."""
     norm, *followers = modules
     assert isinstance(norm, BatchNormAct2d)
-    fused = into_convolution(norm, followers, x, statistics) if residual is None else None
+    fused = into_convolution(norm, followers, x, residual, statistics)
     if fused is not None:
         return fused[0], 1 + fused[1]
     act = followers[0] if followers and joins(norm, followers[0]) else None
-    return norm.activated(x, act, residual, statistics), 1 if act is None else 2
+    added = None if followers else residual
+    return norm.activated(x, act, added, statistics), 1 if act is None else 2
 
 
 def into_convolution(
     norm: BatchNormAct2d,
     followers: Sequence[torch.nn.Module],
     x: Tensor,
+    residual: Tensor | None = None,
     statistics: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, int] | None:
     """(result, number of followers in it) of a norm whose backward runs with that of the convolution behind it.
 
-    None where both are to run apart. ``statistics``: mean and variance of x, where its producer gives them.
+    None where both are to run apart. ``residual`` is added by the last follower, a norm. ``statistics``: mean and variance
+    of x, where its producer gives them.
     """
     if not may_choose(x) or not wants_gradient((x, norm.weight, norm.bias)):
         return None
@@ -144,5 +147,5 @@ def into_convolution(
     taken = len(followers) - len(behind)
     if not of_y:
         return y, taken
-    result, more = _normalised(behind, y, None, (of_y[0], of_y[1]))
+    result, more = _normalised(behind, y, residual, (of_y[0], of_y[1]))
     return result, taken + more

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._fused_convolution import through
 from .activation import activation_module, unusual
 from .conv import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
 from .norm_act import BatchNormAct1d, BatchNormAct2d, InstanceNormAct1d, InstanceNormAct2d
-from .sequential import Sequential, over_convolution
+from .sequential import Sequential, run
 
 _NORMS: dict[tuple[str, int], type[torch.nn.Module]] = {
     ("batch", 1): BatchNormAct1d,
@@ -202,18 +201,15 @@ class ResidualBlock2d(torch.nn.Module):
         """See the class."""
         y: Tensor
         if self.mode == "same":
-            hidden = _behind(self.conv1, self.norm1, input)
             residual = self.shortcut(input)
-            fused = through(self.conv2, [self.norm2], hidden, residual)
-            y = self.norm2(self.conv2(hidden), residual) if fused is None else fused[0]
-            return y
-        hidden = self.norm1(input)
+            return run([self.conv1, *_inner(self.norm1), self.conv2, self.norm2], input, residual)
+        inner = [self.conv1, *_inner(self.norm2), self.conv2]
         if self.mode == "up":
-            hidden = self.conv2(_behind(self.conv1, self.norm2, _doubled(hidden)))
+            hidden = run(inner, _doubled(self.norm1(input)))
             # A 1x1 convolution and nearest upsampling commute: the convolution sees a quarter of the pixels.
             y = hidden + _doubled(self.shortcut(input))
             return y
-        hidden = self.conv2(_behind(self.conv1, self.norm2, hidden))
+        hidden = run([self.norm1, *inner], input)
         pooled = torch.nn.functional.avg_pool2d
         # So do a 1x1 convolution and the average pool; the pool of the sum is the sum of the pools.
         y = pooled(hidden, 2) + self.shortcut(pooled(input, 2))
@@ -240,15 +236,11 @@ class _PlainActivation(torch.nn.Module):
         return summed if self.act is None else self.act(summed)
 
 
-def _behind(conv: torch.nn.Module, norm: torch.nn.Module, x: Tensor) -> Tensor:
-    act = norm.act if type(norm) is _PlainActivation and not unusual(norm) else None
-    fused = through(conv, [norm if act is None else act], x)
-    if fused is not None:
-        return fused[0]
-    if act is not None:
-        return over_convolution(conv, act, x, is_kept=True)  # by the second convolution
-    y: Tensor = norm(conv(x))
-    return y
+def _inner(norm: torch.nn.Module) -> list[torch.nn.Module]:
+    """What stands between the convolutions, as `run` knows it: where there is no norm, an activation or nothing."""
+    if type(norm) is not _PlainActivation or unusual(norm):
+        return [norm]
+    return [] if norm.act is None else [norm.act]
 
 
 def _norm_act(

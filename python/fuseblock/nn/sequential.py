@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,29 +36,33 @@ class Sequential(torch.nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """The modules, one after the other."""
-        modules = [*self._modules.values()]
-        while modules:
-            module = modules.pop(0)
-            follower = modules[0] if modules else None
-            fused = None
-            if type(module) in _CONVOLUTIONS:
-                fused = through(module, modules, input)
-            elif type(module) is BatchNormAct2d:
-                fused = into_convolution(module, modules, input)
-            if fused is not None:
-                input, taken = fused
-                del modules[:taken]
-                continue
-            if type(module) in _NORMS and joins(module, follower):
-                input = module.activated(input, follower)  # type: ignore[union-attr, operator]
-            elif type(module) in _CONVOLUTIONS and type(follower) in (ReLU, LeakyReLU):
-                is_kept = len(modules) > 1 and type(modules[1]) in _CONVOLUTIONS
-                input = over_convolution(module, follower, input, is_kept)  # type: ignore[arg-type]
-            else:
-                input = module(input)  # type: ignore[misc]
-                continue
-            modules.pop(0)
-        return input
+        return run([*self._modules.values()], input)
+
+
+def run(modules: list[Any], input: Tensor, residual: Tensor | None = None) -> Tensor:
+    """The modules, one after the other, neighbours as one; the last, a norm, adds the residual. The list is used up."""
+    while modules:
+        module = modules.pop(0)
+        follower = modules[0] if modules else None
+        fused = None
+        if type(module) in _CONVOLUTIONS:
+            fused = through(module, modules, input, residual)
+        elif type(module) is BatchNormAct2d:
+            fused = into_convolution(module, modules, input, residual)
+        if fused is not None:
+            input, taken = fused
+            del modules[:taken]
+            continue
+        if type(module) in _NORMS and joins(module, follower):
+            input = module.activated(input, follower)
+        elif type(module) in _CONVOLUTIONS and type(follower) in (ReLU, LeakyReLU):
+            is_kept = len(modules) > 1 and type(modules[1]) in _CONVOLUTIONS
+            input = over_convolution(module, follower, input, is_kept)  # type: ignore[arg-type]
+        else:
+            input = module(input) if modules or residual is None else module(input, residual)
+            continue
+        modules.pop(0)
+    return input
 
 
 def over_convolution(
