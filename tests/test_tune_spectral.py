@@ -42,6 +42,7 @@ def test_dispatch_asks_what_is_measured(op: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(dispatch._CANDIDATES, op, able)
     question = spectral.SpectralQuestion(op, CASE, "train", "float32")
     key, args = question.key(), question.fakes("cuda")
+    assert (key["weights"], key["elements"], key["layout"]) == (3, CASE.elements, "channels-last")
     assert dispatch.choose(op, args).name == "triton"
     for changed, chosen in (({}, "aten"), ({"dtype": "bfloat16"}, "triton"), ({"elements": 4000}, "triton")):
         with _tables.using(table(**{op: [entry(key | changed, "aten", triton=3.0, aten=2.0)]})):
