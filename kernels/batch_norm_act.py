@@ -69,13 +69,13 @@ def batch_norm_act_stats_kernel(
     first = first_chunk(chunks, samples, LAYOUT)
     _, _, row, col, inside = tile_index(first, samples, channels, size, LAYOUT, BLOCK_C, BLOCK_S)
     x = load_elements(x_ptr, row, col, inside, DTYPE, ALIGNED)
-    count = tl.sum(inside.to(DTYPE), axis=axis, keep_dims=True)
+    number = inside.to(DTYPE)
+    count = tl.sum(number, axis=axis, keep_dims=True)
     shift = tl.sum(x, axis=axis, keep_dims=True) / tl.where(count == 0, 1.0, count)
-    number = tl.zeros(inside.shape, DTYPE)
-    total = tl.zeros(inside.shape, DTYPE)
-    squares = tl.zeros(inside.shape, DTYPE)
+    total = tl.where(inside, x - shift, 0.0)
+    squares = total * total
     end, step = end_and_step(chunks, samples, LAYOUT)
-    for chunk in range(first, end, step):
+    for chunk in range(first + step, end, step):
         _, _, row, col, inside = tile_index(chunk, samples, channels, size, LAYOUT, BLOCK_C, BLOCK_S)
         x = load_elements(x_ptr, row, col, inside, DTYPE, ALIGNED)
         d = tl.where(inside, x - shift, 0.0)

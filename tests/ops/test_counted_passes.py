@@ -169,7 +169,6 @@ def test_norm(
         "P": splits,
         "m": int(masked),
         "d": int(residual),
-        "F": x.numel() if backend.name == "triton" and layout == torch.contiguous_format else 0,
     }
 
     def reduced(name: str, combine: str, **flags: int) -> list[tuple[Any, dict[str, float]]]:

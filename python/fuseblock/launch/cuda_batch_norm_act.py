@@ -8,8 +8,9 @@ cluster (sm_90 and newer): x, and in backward dy, are then read once. That holds
     channels-last  forward: 27,136 positions (A100: 2,368), of 32 channels at a time at least; backward: half as many
 
 and half of that in float32.
-Other shapes, float64, rows that are not aligned: a launch for the statistics, one that combines the blocks' shares, and one
-that applies. ``csrc/cuda/batch_norm_act_resident.cu`` decides, by sizes and the device's limits.
+Other shapes, float64, rows that are not aligned, and clusters that the driver refuses (under MIG or MPS there may be no room
+for one): a launch for the statistics, one that combines the blocks' shares, and one that applies.
+``csrc/cuda/batch_norm_act_resident.cu`` decides, by sizes and the device's limits.
 """
 
 from __future__ import annotations
