@@ -158,6 +158,23 @@ def test_residual_blocks(backwards: list[Tensor]) -> None:
 
 
 @pytest.mark.usefixtures("triton")
+def test_blocks_of_a_sequence(backwards: list[Tensor]) -> None:
+    """A block's norm with the convolution of the next block, where nobody sees what is between them."""
+    torch.manual_seed(0)
+    blocks = [fuseblock.nn.Conv2dBlock(3, 3, 3, 1, 1) for _ in range(3)]
+    net = fuseblock.nn.Sequential(blocks[0], fuseblock.nn.Sequential(*blocks[1:])).double().to(DEVICE)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, device=DEVICE)
+    with fuseblock.backend("reference"):
+        want = first_order(copy.deepcopy(net), x)
+    for got, expected in zip(first_order(copy.deepcopy(net), x), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+    assert len(backwards) == 2
+    blocks[1].register_forward_hook(lambda *args: None)
+    first_order(net, x)
+    assert len(backwards) == 2
+
+
+@pytest.mark.usefixtures("triton")
 def test_autocast(backwards: list[Tensor]) -> None:
     """Where the norm's input has the dtype of autocast; weights have not."""
     torch.manual_seed(0)

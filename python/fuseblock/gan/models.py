@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..nn import BatchNormAct2d, Conv2d, Conv2dBlock, ConvTranspose2dBlock, ResidualBlock2d, spectral_norm
+from ..nn import (
+    BatchNormAct2d,
+    Conv2d,
+    Conv2dBlock,
+    ConvTranspose2dBlock,
+    ResidualBlock2d,
+    Sequential,
+    spectral_norm,
+)
 
 
 def _stages(size: int) -> int:
@@ -93,7 +101,7 @@ def init_sngan(model: nn.Module) -> nn.Module:
     return model
 
 
-class DCGANGenerator(nn.Sequential):
+class DCGANGenerator(Sequential):
     """Latents to images by transposed convolutions, batch norm and ReLU; tanh at the end (Radford et al. 2016,
     arXiv:1511.06434).
 
@@ -141,7 +149,7 @@ class DCGANGenerator(nn.Sequential):
         return images
 
 
-class DCGANDiscriminator(nn.Sequential):
+class DCGANDiscriminator(Sequential):
     """Images to logits by strided convolutions, batch norm and LeakyReLU(0.2) (Radford et al. 2016, arXiv:1511.06434).
 
     The mirror image of :class:`DCGANGenerator`: k4 s2 p1 blocks halve the size down to 4x4 pixels, the first without norm,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._fused_convolution import into_convolution, through
-from .activation import LeakyReLU, ReLU, activate_over, shows_output
+from .activation import LeakyReLU, ReLU, activate_over, shows_output, unusual
 from .conv import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
 from .norm_act import (
     BatchNormAct1d,
@@ -28,7 +29,9 @@ class Sequential(torch.nn.Sequential):
 
     A rectifier of this package behind a convolution of this package is written over the convolution's output. On a GPU,
     where a table that `python -m benchmarks tune` wrote there says so, convolution and batch norm, or convolution and
-    activation, are one kernel and what is left of the norm; not where hooks see the convolution; spectral norm's do not.
+    activation, are one kernel and what is left of the norm, and a batch norm's backward runs with that of the convolution
+    behind it; not where hooks see the convolution; spectral norm's do not. Modules of a sequence in the sequence count as
+    its own.
 
     Which neighbours run as one is decided at every call, by what then stands there. The modules themselves stay what they
     are: called one by one, sliced, replaced, or with hooks, they do what they do in a `torch.nn.Sequential`.
@@ -36,7 +39,17 @@ class Sequential(torch.nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """The modules, one after the other."""
-        return run([*self._modules.values()], input)
+        return run([*_flat(self)], input)
+
+
+def _flat(modules: torch.nn.Sequential) -> Iterator[torch.nn.Module]:
+    """The modules; of sequences among them theirs, where a call is no more than that."""
+    for module in modules._modules.values():
+        is_plain = isinstance(module, Sequential) and type(module).forward is Sequential.forward
+        if is_plain and not unusual(module):
+            yield from _flat(module)  # type: ignore[arg-type]
+        else:
+            yield module  # type: ignore[misc]
 
 
 def run(modules: list[Any], input: Tensor, residual: Tensor | None = None) -> Tensor:
