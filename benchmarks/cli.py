@@ -45,8 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--providers", action="append", metavar="GLOB", help="providers to run beside stock (repeatable)")
     add("--compile", action="store_true", help="also torch.compile of PyTorch's module")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--dtype", choices=("float32", "float64", "float16", "bfloat16"), default="float32")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cpu", "cuda"), default=found, help="default: a GPU where there is one")
+    dtypes = ("float32", "float64", "float16", "bfloat16")
+    add("--dtype", choices=dtypes, help="default: float32 on a CPU, bfloat16 on a GPU")
     add("--threads", type=int, default=None, help="CPU threads of all providers (default: PyTorch's)")
     add("--tf32", action="store_true", help="CUDA: allow TF32 in float32 products, for everyone")
     add(
@@ -94,7 +96,10 @@ def build_report(
     """Everything that goes to JSON and HTML, as plain values."""
     families = [(suite, [row for row in rows if row.suite == suite.name]) for suite in SUITES]
     families = [(suite, own) for suite, own in families if own]
-    promised = settings.device == "cpu" and settings.dtype == "float32"
+    # Promised are float32 on a CPU, and 16 bit on a GPU.
+    on_cpu = settings.device == "cpu"
+    is_promised = settings.dtype in (("float32",) if on_cpu else ("float16", "bfloat16"))
+    promised = "bars" if on_cpu else "gpu_bars"
     return {
         "schema": SCHEMA,
         **machine.describe(settings.device),
@@ -103,9 +108,8 @@ def build_report(
         "ceilings": ceilings,
         "rows": [_finite(dataclasses.asdict(row)) for row in rows],
         "classes": [entry for suite, own in families for entry in summary.classes(own, suite.classes)],
-        # The bars are promises about float32 on a CPU.
-        "bars": [entry for suite, own in families for entry in summary.bars(own, suite.bars)]
-        if promised
+        "bars": [entry for suite, own in families for entry in summary.bars(own, getattr(suite, promised))]
+        if is_promised
         else [],
     }
 
@@ -125,7 +129,7 @@ def _plan(suite: Suite, args: argparse.Namespace) -> _Plan:
         args.case, quick=args.quick, full=args.full, device=args.device, available=suite.cases
     )
     if args.full or args.device != "cpu":
-        cases = [suite.real(case) for case in cases]
+        cases = [suite.real(case, args.device) for case in cases]
     patterns = args.providers
     if args.compile:
         patterns = [*(patterns or [p.name for p in suite.providers if p.default]), "compile"]
@@ -186,7 +190,7 @@ def main(argv: Sequence[str] | None = None, suites: tuple[Suite, ...] = SUITES) 
         )
     settings = runner.Settings(
         device=args.device,
-        dtype=args.dtype,
+        dtype=args.dtype or ("float32" if args.device == "cpu" else "bfloat16"),
         threads=args.threads or torch.get_num_threads(),
         seed=args.seed,
         budget_s=args.budget if args.budget is not None else (0.25 if args.quick else 2.0),

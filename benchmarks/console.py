@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def seconds(value: float) -> str:
     return f"{value / 1e-6:.3g} us"
 
 
-def megabytes(value: int | None) -> str:
+def megabytes(value: float | None) -> str:
     """Bytes in MB."""
     return "" if value is None else f"{value / 1e6:.3g} MB"
 
@@ -77,6 +78,32 @@ def cells(row: Row) -> tuple[str, ...]:
         megabytes(row.saved),
         error,
     )
+
+
+_COPIES = "Against a plain copy of the bytes of forward, timed alike: bytes of the performance model, docs/performance.md"
+#: Of `against_copy`.
+COPY_HEAD = (
+    "case",
+    "mode",
+    "provider",
+    "bytes by the model",
+    "their floor here",
+    "time",
+    "of the copy's rate",
+)
+
+
+def against_copy(rows: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Lines of a table for the rows, as plain values, that have a share of a plain copy's rate."""
+    lines = []
+    for row in rows:
+        share = row.get("of_copy")
+        if share is not None:
+            time = row["seconds"]["median"]
+            floor = time * share["median"]
+            figures = megabytes(row["moved"]), seconds(floor), seconds(time), f"{share['median']:.0%}"
+            lines.append((row["case"], row["mode"], row["provider"], *figures))
+    return lines
 
 
 def _style(row: Row) -> str:
@@ -122,6 +149,9 @@ def tables(report: dict[str, Any], rows: list[Row]) -> None:
             absent[row.provider, row.reason] = absent.get((row.provider, row.reason), 0) + 1
     for (provider, reason), count in absent.items():
         print(f"not run: {provider}, {count} rows: {reason}")
+    copies = [(cells, "") for cells in against_copy([dataclasses.asdict(row) for row in rows])]
+    if copies:
+        print_table(_COPIES, COPY_HEAD, copies)
     means = [
         ((m["mode"], m["class"], str(m["cases"]), str(m["not_green"]), *(f"{m[k]:.2f}x" for k in _MEANS)), "")
         for m in report["classes"]

@@ -8,7 +8,8 @@ Modes:
 * ``penalty``: the input gradient, recorded; the penalty on it, and the penalty's gradients of all parameters. WGAN-GP
   (distance of the gradient's norm to 1) or R1 (its squared norm) by itself, as lazily regularised critics do;
 * ``double``: the gradient of the gradient alone: of the recorded input gradient, with respect to input, parameters and
-  cotangent, on a graph that is kept.
+  cotangent, on a graph that is kept;
+* ``step``: what the case itself says: a whole training step, an update of averages (`benchmarks.gan_steps`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from benchmarks.gan_models import (
     Weights,
     conv,
     critic,
+    cyclegan,
     dcgan_g,
     eight_layers,
     norms,
@@ -33,8 +35,13 @@ from benchmarks.gan_models import (
     seq,
     up,
 )
+from benchmarks.gan_steps import BiasLeaky, Blur, Pair, Step, average_step, training_step
 
-MODES = ("forward", "train", "penalty", "double")
+MODES = ("forward", "train", "penalty", "double", "step")
+#: Passes of a mode in units of the forward pass, of arithmetic and of traffic. A training step of a generator and a
+#: discriminator runs the one three times, the other nine.
+_PASSES = {"forward": 1, "train": 3, "penalty": 5, "double": 3, "step": 6}
+_TRAFFIC = {"forward": 1, "train": 3, "penalty": 6, "double": 3, "step": 6}
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,14 @@ class GanCase:
         user: who runs this model.
         build: makes the stock model.
         shape: of the input, without the batch.
-        batch: of the measurement on a CPU; ``real_batch`` is its users', measured with ``--full`` and on a GPU.
+        batch: of the measurement on a CPU; ``real_batch`` is its users', see `real`, measured with ``--full`` and on a GPU.
         modes: modes to measure.
         penalty: "wgan-gp" or "r1".
         kind: what the bars refer to.
         spectral: whether all layers are spectrally normalised.
         quick: part of ``--quick``.
+        long_on_cpu: runs on a CPU with ``--full`` only.
+        step: makes the step of mode "step" from model, input and whether it is fuseblock's.
     """
 
     name: str
@@ -66,6 +75,7 @@ class GanCase:
     spectral: bool = False
     quick: bool = False
     long_on_cpu: bool = False
+    step: Callable[[nn.Module, Tensor, bool], Step] | None = None
 
     @property
     def size(self) -> str:
@@ -81,7 +91,20 @@ class GanCase:
             "user": self.user,
             "penalty": self.penalty,
             "stack": self.is_stack(),
+            "elements": self.elements,
+            "channels": self.channels(),
         }
+
+    @property
+    def elements(self) -> int:
+        """Of the input."""
+        return self.batch * math.prod(self.shape)
+
+    def channels(self) -> int:
+        """The most that a convolution of the model takes or gives; 0 without convolutions."""
+        with torch.device("meta"):
+            found = [m for m in self.build().modules() if isinstance(m, nn.modules.conv._ConvNd)]
+        return max((max(m.in_channels, m.out_channels) for m in found), default=0)
 
     def is_stack(self) -> bool:
         """Whether convolution, batch norm and LeakyReLU follow one another."""
@@ -110,16 +133,16 @@ class GanCase:
 
     def flop(self, mode: str) -> float:
         """Floating-point operations of the convolutions of one step."""
-        return 2 * self.traffic()[0] * {"forward": 1, "train": 3, "penalty": 5, "double": 3}[mode]
+        return 0.0 if self.kind == "average" else 2 * self.traffic()[0] * _PASSES[mode]
 
     def least_bytes(self, mode: str, itemsize: int) -> float:
         """Memory traffic if every module read its input and wrote its output once per pass."""
-        return self.traffic()[1] * itemsize * {"forward": 1, "train": 3, "penalty": 6, "double": 3}[mode]
+        return self.traffic()[1] * itemsize * _TRAFFIC[mode]
 
     @property
     def longest_sum(self) -> int:
         """Number of terms in the longest chain of sums, generously: pixels of a batch times the layers behind."""
-        return 100 * self.batch * math.prod(self.shape)
+        return 100 * self.elements
 
 
 ALL = ("forward", "train", "penalty")
@@ -156,6 +179,47 @@ CASES: tuple[GanCase, ...] = (
         64,
         SINGLE,
         kind="norm-smooth",
+    ),
+    GanCase(
+        "bn-lrelu-128",
+        "DCGAN-128, last hidden layer of G",
+        lambda: seq(norms(True, 64), [nn.LeakyReLU(0.2)]),
+        (64, 128, 128),
+        16,
+        64,
+        SINGLE,
+        kind="norm",
+        long_on_cpu=True,
+    ),
+    GanCase(
+        "bias-lrelu",
+        "StyleGAN2-256, first layer of D",
+        lambda: BiasLeaky(64),
+        (64, 256, 256),
+        1,
+        32,
+        quick=True,
+        kind="pointwise",
+    ),
+    GanCase(
+        "blur-up",
+        "StyleGAN2, G's resampling",
+        lambda: Blur(64, 2, 1),
+        (64, 64, 64),
+        4,
+        32,
+        quick=True,
+        kind="filter",
+    ),
+    GanCase(
+        "blur-down",
+        "StyleGAN2, D's resampling",
+        lambda: Blur(64, 1, 2),
+        (64, 128, 128),
+        4,
+        32,
+        quick=True,
+        kind="filter",
     ),
     GanCase(
         "conv-3x3",
@@ -338,11 +402,7 @@ CASES: tuple[GanCase, ...] = (
     GanCase(
         "cyclegan",
         "CycleGAN, residual block",
-        lambda: Residual(
-            *conv(256, 256, 3, norm="instance", act=nn.ReLU()),
-            nn.Conv2d(256, 256, 3, 1, 1, bias=False),
-            nn.InstanceNorm2d(256),
-        ),
+        lambda: cyclegan(256),
         (256, 64, 64),
         1,
         4,
@@ -351,11 +411,7 @@ CASES: tuple[GanCase, ...] = (
     GanCase(
         "cyclegan-32",
         "CycleGAN, residual block, small",
-        lambda: Residual(
-            *conv(128, 128, 3, norm="instance", act=nn.ReLU()),
-            nn.Conv2d(128, 128, 3, 1, 1, bias=False),
-            nn.InstanceNorm2d(128),
-        ),
+        lambda: cyclegan(128),
         (128, 32, 32),
         1,
         4,
@@ -380,6 +436,31 @@ CASES: tuple[GanCase, ...] = (
         (96, 32, 32),
         16,
         16,
+    ),
+    # Whole steps.
+    GanCase(
+        "dcgan64-step",
+        "DCGAN-64, a training step of D and of G",
+        lambda: Pair(64),
+        (3, 64, 64),
+        8,
+        128,
+        ("step",),
+        kind="step",
+        quick=True,
+        step=training_step,
+    ),
+    GanCase(
+        "dcgan64-ema",
+        "DCGAN-64, averages of the weights",
+        lambda: Pair(64),
+        (3, 64, 64),
+        1,
+        1,
+        ("step",),
+        kind="average",
+        quick=True,
+        step=average_step,
     ),
     # Spectral norm.
     GanCase(
@@ -408,6 +489,6 @@ CASES: tuple[GanCase, ...] = (
 )
 
 
-def real(case: GanCase) -> GanCase:
-    """The case with its users' batch."""
-    return replace(case, batch=case.real_batch)
+def real(case: GanCase, device: str) -> GanCase:
+    """The case with its users' batch; whole steps of that take minutes on a CPU, and stay as they are."""
+    return case if device == "cpu" and case.kind == "step" else replace(case, batch=case.real_batch)

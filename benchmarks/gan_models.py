@@ -51,6 +51,13 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
+def cyclegan(channels: int) -> nn.Module:
+    """CycleGAN's residual block."""
+    first = conv(channels, channels, 3, norm="instance", act=nn.ReLU())
+    second = [nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.InstanceNorm2d(channels)]
+    return Residual(*first, *second)
+
+
 class SnganDown(nn.Module):
     """SNGAN's discriminator block: ReLU, conv, ReLU, conv, pool, with a 1x1 shortcut."""
 

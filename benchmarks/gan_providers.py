@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from benchmarks import model_measured
 from benchmarks.gan_cases import GanCase
-from benchmarks.providers import Context
-
-Step = Callable[[], dict[str, Tensor]]
+from benchmarks.gan_steps import Step, fused
+from benchmarks.providers import COPY, Context
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,20 @@ class BlockProvider:
     channels_last: bool = False
     compiled: bool = False
     inplace: bool = False
+    graphed: bool = False
     backend: str | None = None
+    yardstick: bool = False
 
     def why_not(self, case: GanCase, mode: str, device: str, dtype: torch.dtype) -> str | None:
         """None when it can run, else the reason."""
         if self.compiled and mode in ("penalty", "double"):
             return "AOTAutograd does not support double backward"
-        if self.compiled and case.spectral:
-            return "not measured with spectral norm"
+        if self.compiled and (case.spectral or mode == "step"):
+            return "not measured with spectral norm, nor in whole steps"
+        if self.yardstick and model_measured.moved(case, mode, dtype.itemsize) is None:
+            return "a copy is the measure of norms, activations and filters"
+        if self.graphed and (mode != "step" or device != "cuda"):
+            return "CUDA graphs are measured in whole steps"
         if self.inplace and not (mode == "train" and case.is_stack()):
             return "measured in training steps of convolution, batch norm and LeakyReLU"
         wrong = {"cpu": "cuda", "cuda": "cpu", "triton": "cpu"}.get(self.backend or "")
@@ -92,18 +98,21 @@ class BlockProvider:
         if self.backend is not None:
             import fuseblock
 
+            fused(model)
             fuseblock.fuse(model, verbose=False)
         return torch.compile(model) if self.compiled else model  # type: ignore[return-value]
 
     def step(self, problem: GanProblem, mode: str) -> tuple[Step, Callable[[], Context]]:
         """The step to time, and the context to enter around it."""
+        if self.yardstick:
+            return _copy(problem), contextlib.nullcontext
         model, case, x, grad_y = self._model(problem, mode), problem.case, problem.x, problem.grad_y
         if self.channels_last:
             x, grad_y = (
                 t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in (x, grad_y)
             )
         wanted = {_common(name): p for name, p in model.named_parameters()}
-        if mode != "forward":
+        if mode not in ("forward", "step"):
             x = x.detach().requires_grad_()
 
         def forward() -> dict[str, Tensor]:
@@ -146,7 +155,28 @@ class BlockProvider:
                 stack.enter_context(torch.no_grad())
             return stack
 
+        if mode == "step":
+            assert case.step is not None
+            step = case.step(model, x, self.backend is not None)
+            return _graphed(step, x) if self.graphed else step, context
         return {"forward": forward, "train": train, "penalty": penalty, "double": double}[mode], context
+
+
+def _copy(problem: GanProblem) -> Step:
+    """A plain copy of as many bytes as the case's forward reads and writes."""
+    x = problem.x
+    moved = model_measured.moved(problem.case, "forward", x.element_size())
+    assert moved is not None
+    source = x.new_ones(round(moved / 2 / x.element_size()))
+    target = torch.empty_like(source)
+    return lambda: {"y": target.copy_(source)}
+
+
+def _graphed(step: Step, x: Tensor) -> Step:
+    """The step as one CUDA graph."""
+    import fuseblock
+
+    return fuseblock.graphed(step, device=x.device)
 
 
 def _common(name: str) -> str:
@@ -168,9 +198,12 @@ PROVIDERS: tuple[BlockProvider, ...] = (
     BlockProvider("stock"),
     BlockProvider("stock:channels-last", channels_last=True),
     BlockProvider("stock:inplace", inplace=True),
+    BlockProvider("stock:graphed", graphed=True),
     BlockProvider("compile", compiled=True, default=False),
+    BlockProvider(COPY, peer=False, yardstick=True),
     BlockProvider("fuseblock", peer=False, backend="auto"),
     BlockProvider("fuseblock:channels-last", peer=False, channels_last=True, backend="auto"),
+    BlockProvider("fuseblock:graphed", peer=False, graphed=True, backend="auto"),
     BlockProvider("fuseblock:triton", peer=False, backend="triton"),
     BlockProvider("fuseblock:cuda", peer=False, backend="cuda"),
     BlockProvider("fuseblock:reference", peer=False, default=False, backend="reference"),

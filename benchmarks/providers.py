@@ -216,6 +216,8 @@ PROVIDERS: tuple[Provider, ...] = (
 BASE = "stock"
 #: The provider that users get.
 OURS = "fuseblock"
+#: A plain copy of as many bytes as a case's forward moves: what memory gives.
+COPY = "copy"
 
 
 def select(patterns: list[str] | None, available: tuple[Any, ...] = PROVIDERS) -> list[Any]:

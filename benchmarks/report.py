@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.console import megabytes, seconds
+from benchmarks.console import COPY_HEAD, against_copy, megabytes, seconds
 from benchmarks.providers import BASE, OURS
 
 Rows = list[dict[str, Any]]
@@ -172,6 +172,13 @@ def _calls(rows: Rows) -> str:
     return _table(("case", "call", "mode", "provider", "us", "us above stock", "x stock"), lines, 4)
 
 
+_COPIES = (
+    "Norms, activations and filters move the bytes that the performance model's formulas say (docs/performance.md): their "
+    "rate against that of a plain copy of forward's bytes, timed in the same rounds. The floor is the time of these bytes "
+    "at the copy's rate."
+)
+
+
 def _plots(rows: Rows, mode: str) -> str:
     """Three plots of a mode."""
     chosen = [row for row in rows if row["mode"] == mode and row["seconds"] is not None]
@@ -272,6 +279,10 @@ def to_html(report: dict[str, Any]) -> str:
         ]
         head = ("class", "mode", "cases", "not green", "mean x stock", "worst", "mean x best peer", "worst")
         parts += ["<h2>Geometric means, fuseblock</h2>", _table(head, means, 2)]
+    if copies := against_copy(rows):
+        lines = [(list(cells), "") for cells in copies]
+        parts += ["<h2>Against a plain copy and the performance model</h2>", f"<p>{_COPIES}</p>"]
+        parts.append(_table(COPY_HEAD, lines, 3))
     parts += ["<h2>Call overhead</h2>", _calls(rows)]
     for mode in dict.fromkeys(row["mode"] for row in rows):
         lines = [_row_line(row) for row in rows if row["mode"] == mode]

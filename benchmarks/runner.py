@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.parity import Results, Verdict
-from benchmarks.providers import BASE, OURS
+from benchmarks.providers import BASE, COPY, OURS
 from benchmarks.timing import Runnable, Spread, interleave, paired_ratio
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class Row:
     ``speedup_*`` are times of the other over ours, paired; None unless the row is green. ``best_peer`` is the fastest
     provider that is not fuseblock, red ones included (a peer with larger errors is still a peer, and marked).
     ``saved``: what a training step saves for its backward.
+    ``moved``: bytes that a case of norms, activations or filters moves by the performance model's formulas; ``of_copy``:
+    their rate over that of a plain copy of what forward moves, paired. The copy is a row, too, of provider `COPY`.
     ``error_over_bound`` at most 1 is green; ``tensor`` is where it was reached.
     """
 
@@ -88,6 +90,8 @@ class Row:
     copy_fraction: float | None = None
     tensor_peak: int | None = None
     saved: int | None = None
+    moved: float | None = None
+    of_copy: Spread | None = None
     process_peak: int | None = None
     error_over_bound: float | None = None
     tensor: str = ""
@@ -170,6 +174,10 @@ def _measure(
         row.reason = provider.why_not(case, mode, settings.device, dtype) or ""
         if row.reason:
             continue
+        if provider.name == COPY:
+            row.status = GREEN
+            runnables[COPY] = Runnable(*provider.step(problem, mode))
+            continue
         # A provider that cannot run a case must not end the run of the others: the row carries its message.
         try:
             step, context = provider.step(problem, mode)
@@ -192,12 +200,17 @@ def _measure(
         row.seconds, row.rounds, row.calls = Spread.of(runnable.wall), len(runnable.wall), runnable.calls
         row.device_seconds = Spread.of(runnable.device) if cuda else None
         median = (row.device_seconds or row.seconds).median
-        row.gflops = case.flop(mode) / median / 1e9
-        row.gbytes = case.least_bytes(mode, itemsize) / median / 1e9
+        row.moved = suite.moved(case, mode, itemsize, _has_clusters(settings))
+        row.gflops = 0.0 if name == COPY else case.flop(mode) / median / 1e9
+        if name == COPY:
+            row.moved = suite.moved(case, "forward", itemsize, False)
+        row.gbytes = (row.moved or case.least_bytes(mode, itemsize)) / median / 1e9
         row.gemm_fraction = row.gflops / ceilings["gemm_gflops"]
         row.copy_fraction = row.gbytes / ceilings["copy_gbytes"]
-        _note_memory(row, runnable, settings)
+        if name != COPY:
+            _note_memory(row, runnable, settings)
     _note_speedups(rows, runnables, {provider.name for provider in providers if provider.peer})
+    _note_copy(rows, runnables)
     return [rows[provider.name] for provider in providers]
 
 
@@ -237,13 +250,26 @@ def _note_speedups(rows: dict[str, Row], runnables: dict[str, Runnable], peers: 
     ranked = sorted(peers & timed.keys(), key=lambda name: timed[name])
     for name in timed:
         row = rows[name]
-        if row.status != GREEN:
+        if row.status != GREEN or name == COPY:
             continue
         if BASE in runnables:
             row.speedup_stock = paired_ratio(runnables[BASE], runnables[name])
         if ranked and name not in peers:
             row.best_peer, row.best_peer_red = ranked[0], rows[ranked[0]].status == RED
             row.speedup_peer = paired_ratio(runnables[ranked[0]], runnables[name])
+
+
+def _note_copy(rows: dict[str, Row], runnables: dict[str, Runnable]) -> None:
+    """Fill the shares of green rows of a plain copy's rate."""
+    copied = rows[COPY].moved if COPY in runnables else None
+    for name, runnable in runnables.items():
+        row = rows[name]
+        if copied and row.moved and row.status == GREEN and name != COPY:
+            row.of_copy = paired_ratio(runnables[COPY], runnable).times(row.moved / copied)
+
+
+def _has_clusters(settings: Settings) -> bool:
+    return settings.device == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def ours(rows: list[Row]) -> list[Row]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, gan_cases, gan_providers, providers, summary, workloads
+from benchmarks import cases, gan_cases, gan_providers, model_measured, providers, summary, workloads
 from benchmarks.parity import Results, Verdict, check, largest_error
 
 #: Results of one step of a provider on a problem.
@@ -23,11 +23,13 @@ class Suite:
         name: what ``--suite`` takes.
         cases, modes, providers: the registries.
         make_problem: draws a case's values: ``(case, *, dtype, device, seed)``.
-        real: a case with its users' sizes, where those for a CPU are smaller.
+        real: a case with its users' sizes on a device, where those for a CPU are smaller.
         longest_sum: terms in a case's longest chain of sums.
         sizes: what of a case goes into its rows.
         verdict: judges a provider: ``(evaluate, provider, problem, results, reference, stock results, dtype)``.
-        classes, bars: what is summed up and promised.
+        classes, bars: what is summed up and promised, on a CPU.
+        gpu_bars: what is promised on a GPU.
+        moved: bytes that a case moves by the performance model, or None: ``(case, mode, bytes of an element, clusters)``.
     """
 
     name: str
@@ -35,12 +37,14 @@ class Suite:
     modes: tuple[str, ...]
     providers: tuple[Any, ...]
     make_problem: Callable[..., Any]
-    real: Callable[[Any], Any]
+    real: Callable[[Any, str], Any]
     longest_sum: Callable[[Any], int]
     sizes: Callable[[Any], dict[str, Any]]
     verdict: Callable[[Evaluate, Any, Any, Results, Results, Results | None, torch.dtype], Verdict]
     classes: dict[str, summary.Predicate]
     bars: tuple[summary.Bar, ...]
+    gpu_bars: tuple[summary.Bar, ...] = ()
+    moved: Callable[[Any, str, int, bool], float | None] = lambda *call: None
 
 
 def _judge_layer(
@@ -95,7 +99,7 @@ LSTM = Suite(
     modes=cases.MODES,
     providers=providers.PROVIDERS,
     make_problem=workloads.make_problem,
-    real=lambda case: case,
+    real=lambda case, device: case,
     longest_sum=cases.longest_sum,
     sizes=cases.sizes,
     verdict=_judge_layer,
@@ -114,6 +118,8 @@ GAN = Suite(
     verdict=_judge_blocks,
     classes=summary.GAN_CLASSES,
     bars=summary.GAN_BARS,
+    gpu_bars=summary.GPU_BARS,
+    moved=model_measured.moved,
 )
 SUITES = (LSTM, GAN)
 

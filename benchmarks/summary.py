@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.providers import BASE
+from benchmarks.providers import BASE, OURS
 from benchmarks.runner import GREEN, Row, ours
 
 Predicate = Callable[[dict[str, Any]], bool]
@@ -66,6 +66,7 @@ class Bar:
         value: a row's figure, None where it has none.
         least: what the figure has to reach.
         mean: whether the geometric mean counts instead of the worst row.
+        provider: whose rows.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Bar:
     value: Callable[[Row, Others], float | None]
     least: float
     mean: bool = False
+    provider: str = OURS
 
 
 def _stock(row: Row, others: Others) -> float | None:
@@ -82,6 +84,18 @@ def _stock(row: Row, others: Others) -> float | None:
 
 def _peer(row: Row, others: Others) -> float | None:
     return row.speedup_peer.median if row.speedup_peer else None
+
+
+def _copy(row: Row, others: Others) -> float | None:
+    return row.of_copy.median if row.of_copy else None
+
+
+def _against(provider: str) -> Callable[[Row, Others], float | None]:
+    def ratio(row: Row, others: Others) -> float | None:
+        other = others.get((provider, row.case, row.mode))
+        return other.seconds.median / row.seconds.median if other and other.seconds and row.seconds else None
+
+    return ratio
 
 
 def _saved(provider: str) -> Callable[[Row, Others], float | None]:
@@ -152,6 +166,8 @@ GAN_CLASSES: dict[str, Predicate] = {
     "convolution": _kind("conv"),
     "blocks and networks": _kind("block", "critic-bn", "r1"),
     "spectral norm": _kind("spectral"),
+    "bias, activation and filters": _kind("pointwise", "filter"),
+    "steps": _kind("step", "average"),
 }
 
 #: The promises about GAN blocks on a CPU with two cores.
@@ -185,6 +201,65 @@ GAN_BARS: tuple[Bar, ...] = (
     ),
 )
 
+_LAST = "fuseblock:channels-last"
+_BLOCKS = _kind("block", "critic-bn")
+
+
+def _is_large(sizes: dict[str, Any]) -> bool:
+    """Whether an input of 16 bit has 64 MB."""
+    return _kind("norm", "norm-smooth", "pointwise", "filter")(sizes) and 2 * sizes["elements"] >= 64e6
+
+
+#: The promises about GAN blocks on a GPU, in channels-last bfloat16 where that is not said otherwise.
+GPU_BARS: tuple[Bar, ...] = (
+    *(
+        Bar(
+            f"norms, activations, filters from 64 MB on, {mode}: 0.9 of a plain copy's rate",
+            mode,
+            _is_large,
+            _copy,
+            0.9,
+        )
+        for mode in ("forward", "train")
+    ),
+    *(
+        Bar(
+            f"GAN blocks, {mode}: 0.97x the best of eager in both layouts and torch.compile",
+            mode,
+            _BLOCKS,
+            _peer,
+            0.97,
+            provider=_LAST,
+        )
+        for mode in ("forward", "train")
+    ),
+    Bar(
+        "GAN blocks of at most 128 channels, train: 1.3x the best of these",
+        "train",
+        lambda s: _BLOCKS(s) and 0 < s["channels"] <= 128,
+        _peer,
+        1.3,
+        provider=_LAST,
+    ),
+    Bar("penalty steps: 2x eager", "penalty", _every, _stock, 2.0, provider=_LAST),
+    Bar("DCGAN-64, a training step: 1.5x eager", "step", _kind("step"), _stock, 1.5, provider=_LAST),
+    Bar(
+        "DCGAN-64, a training step as a CUDA graph: 1.5x eager as a CUDA graph",
+        "step",
+        _kind("step"),
+        _against("stock:graphed"),
+        1.5,
+        provider="fuseblock:graphed",
+    ),
+    Bar(
+        "saved for backward by conv, batch norm, LeakyReLU: a third less (ratio stock / ours)",
+        "train",
+        lambda s: s.get("stack", False),
+        _saved(BASE),
+        1.5,
+    ),
+)
+
 
 def bars(rows: list[Row], promised: tuple[Bar, ...] = BARS) -> list[dict[str, Any]]:
     """Each bar with its figure and verdict: ``met``, ``missed``, or ``not measured``.
@@ -196,8 +271,8 @@ def bars(rows: list[Row], promised: tuple[Bar, ...] = BARS) -> list[dict[str, An
     for bar in promised:
         figures: list[tuple[float, str]] = []
         without: list[str] = []
-        for row in ours(rows):
-            if (bar.mode is None or row.mode == bar.mode) and bar.covers(row.sizes):
+        for row in rows:
+            if row.provider == bar.provider and bar.mode in (None, row.mode) and bar.covers(row.sizes):
                 value = bar.value(row, others)
                 if value is None or row.status != GREEN:
                     without.append(row.case)

@@ -40,6 +40,10 @@ class Spread:
         q25, median, q75 = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, q25, q75)
 
+    def times(self, factor: float) -> Spread:
+        """The spread of the values times a positive factor."""
+        return Spread(self.median * factor, self.q25 * factor, self.q75 * factor)
+
 
 @dataclass
 class Runnable:

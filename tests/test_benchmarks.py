@@ -27,7 +27,10 @@ def bench():
     names = (
         "cases",
         "cli",
+        "gan_cases",
+        "gan_steps",
         "memory",
+        "model_measured",
         "onnx_lstm",
         "parity",
         "providers",
@@ -249,6 +252,73 @@ def test_the_cases_of_conv_norm_and_leaky_relu(bench):
     for case in cases:
         assert (inplace.why_not(case, "train", "cpu", torch.float32) is None) == (case.name in names)
         assert inplace.why_not(case, "penalty", "cpu", torch.float32) is not None
+
+
+@pytest.mark.parametrize("name", ["dcgan64-step", "dcgan64-ema", "blur-up", "blur-down", "bias-lrelu"])
+def test_steps_filters_and_biases_are_the_same_for_stock_and_fuseblock(bench, name):
+    case = next(c for c in bench.suites.GAN.cases if c.name == name)
+    build = case.build if case.step is None else lambda: bench.gan_steps.Pair(4)
+    case = replace(case, build=build, shape=case.shape if case.step else (64, 16, 16), batch=3)
+    problem = bench.suites.GAN.make_problem(case, dtype=torch.float64, device="cpu", seed=0)
+    providers = {p.name: p for p in bench.suites.GAN.providers}
+    for mode in case.modes:
+        results = []
+        for provider in (providers["stock"], providers["fuseblock"]):
+            step, context = provider.step(problem, mode)
+            with context():
+                step()
+                results.append({name: t.detach().clone() for name, t in step().items()})
+        torch.testing.assert_close(results[1], results[0])
+        assert len(results[0]) > (mode != "forward")
+
+
+def test_share_of_a_plain_copy(bench):
+    """Forward of a norm moves its input and its result; a training step eight times the input, in one sweep five."""
+    moved = bench.model_measured.moved
+    case = next(c for c in bench.suites.GAN.cases if c.name == "bn-lrelu")
+    elements = case.elements
+    assert moved(case, "forward", 4) == pytest.approx(2 * 4 * elements, rel=1e-3)
+    assert moved(case, "train", 2) == pytest.approx(8 * 2 * elements, rel=1e-3)
+    assert moved(case, "train", 2, True) == pytest.approx(5 * 2 * elements, rel=1e-3)
+    assert moved(bench.gan_cases.CASES[-1], "train", 2) is None
+    copy = next(p for p in bench.suites.GAN.providers if p.name == "copy")
+    assert copy.why_not(case, "train", "cpu", torch.float32) is None
+    problem = bench.suites.GAN.make_problem(replace(case, batch=1), dtype=torch.float32, device="cpu", seed=0)
+    step, _ = copy.step(problem, "train")
+    assert 2 * step()["y"].nbytes == pytest.approx(moved(replace(case, batch=1), "forward", 4), rel=1e-3)
+
+    rows = {
+        name: bench.runner.Row("c", "train", name, "green", moved=bytes_of)
+        for name, bytes_of in (("copy", 10.0), ("fuseblock", 40.0), ("stock", None))
+    }
+    times = {"copy": 1.0, "fuseblock": 5.0, "stock": 9.0}
+    runs = {name: bench.timing.Runnable(lambda: None, wall=[time]) for name, time in times.items()}
+    bench.runner._note_copy(rows, runs)
+    assert rows["fuseblock"].of_copy.median == pytest.approx(0.8)
+    assert rows["stock"].of_copy is None
+    assert rows["copy"].of_copy is None
+
+
+def test_bars_of_a_gpu(bench):
+    """Of the rows of large norms the copy's share counts, of graphed steps the graphed stock."""
+
+    def spread(value):
+        return bench.timing.Spread(value, value, value)
+
+    norm = {"kind": "norm", "elements": 2**26, "channels": 0}
+    step = {"kind": "step", "elements": 0, "channels": 512}
+    rows = [
+        bench.runner.Row("large", "forward", "fuseblock", "green", sizes=norm, of_copy=spread(0.95)),
+        bench.runner.Row(
+            "small", "forward", "fuseblock", "green", sizes=norm | {"elements": 9}, of_copy=spread(0.1)
+        ),
+        bench.runner.Row("s", "step", "stock:graphed", "green", sizes=step, seconds=spread(3.0)),
+        bench.runner.Row("s", "step", "fuseblock:graphed", "green", sizes=step, seconds=spread(2.5)),
+    ]
+    verdicts = {bar["bar"]: bar for bar in bench.summary.bars(rows, bench.suites.GAN.gpu_bars)}
+    found = {name: (bar["value"], bar["verdict"]) for name, bar in verdicts.items() if bar["cases"]}
+    assert sorted(found.values()) == [(0.95, "met"), (1.2, "missed")]
+    assert {bar["verdict"] for name, bar in verdicts.items() if name not in found} == {"not measured"}
 
 
 def test_process_peak_sees_what_is_touched(bench):
