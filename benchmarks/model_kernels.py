@@ -345,7 +345,7 @@ IMAGES = Family(
             "b*Y",
             again="b*X + 4*K",
             flops="2*K/u*Y",
-            cuda="upfirdn2d(_tile)?_kernel",
+            cuda="upfirdn2d(_row|_tile)?_kernel",
             triton="upfirdn2d(_tile)?_kernel",
         ),
     ),
