@@ -19,7 +19,7 @@ from benchmarks.parity import Results
 from benchmarks.tune_passes import OperatorQuestion
 from benchmarks.tune_questions import PRECISIONS, Contest, Question, Rival, is_named, keyed
 from fuseblock import _conv_engine, _tables
-from fuseblock.nn._fused_convolution import call_into, call_of
+from fuseblock.nn._fused_convolution import call_at
 
 ENGINES = ("aten", "triton")
 
@@ -183,8 +183,7 @@ def _call(block: nn.Sequential, x: Tensor) -> _conv_engine.Call:
     """The call that a block makes of its convolution."""
     fused = copy.deepcopy(block)
     fuseblock.fuse(fused, verbose=False)
-    is_before = isinstance(fused[0], nn.BatchNorm2d)
-    call = call_into(*fused, x) if is_before else call_of(fused[0], fused[1], x)
+    call = call_at([*fused], x)
     assert isinstance(call, _conv_engine.Call), call
     return call
 

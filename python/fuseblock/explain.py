@@ -48,11 +48,11 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Explain who would run ``op`` on these arguments under the backend now in force.
 
     Args:
-        op: ``"block"`` (a `Sequential` of a convolution and what stands behind it, and its input: whether PyTorch's
-            convolution or one of ours runs), ``"lstm"`` (arguments of `functional.lstm`: the engine of the stack, and which
-            of its layers run fused, input projection included), ``"spectral_norm"`` (arguments of
-            `functional.spectral_norm`), or an operator's name, e.g. ``"lstm_gates"`` or
-            ``"lstm_recurrence_bwd"`` with the operator's arguments.
+        op: ``"block"`` (a `Sequential` of a convolution and what stands behind it, or of a batch norm, its activation and a
+            convolution, and its input: whether PyTorch's convolution or one of ours runs, there in backward), ``"lstm"``
+            (arguments of `functional.lstm`: the engine of the stack, and which of its layers run fused, input projection
+            included), ``"spectral_norm"`` (arguments of `functional.spectral_norm`), or an operator's name, e.g.
+            ``"lstm_gates"`` or ``"lstm_recurrence_bwd"`` with the operator's arguments.
 
     Returns:
         An `Explanation`; print it. Explained are operators. Unless a backend is forced, functions and modules do not come
@@ -81,13 +81,12 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def _explain_block(block: torch.nn.Sequential, input: Tensor) -> Explanation:
-    """The engine of a convolution and of what stands behind it."""
-    from .nn._fused_convolution import call_of  # modules stand on functions, and functions on this package
+    """The engine of a convolution and of what stands behind it, or of a norm and the convolution behind that."""
+    from .nn._fused_convolution import call_at  # modules stand on functions, and functions on this package
 
     if not isinstance(block, torch.nn.Sequential):
         raise TypeError(f"explain: expected block as a Sequential, got {type(block).__name__}")
-    conv, follower = [*block, None, None][:2]
-    call = call_of(conv, follower, input)
+    call = call_at([*block], input)
     if isinstance(call, str):
         return Explanation("block", "aten", (("aten", None), ("triton", call)), "the only one that can run")
     engine, rule = _conv_engine.choose(call)

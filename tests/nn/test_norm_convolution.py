@@ -224,8 +224,9 @@ def test_evaluation_hooks_and_others_run_apart(backwards: list[Tensor]) -> None:
 
 
 def test_calls() -> None:
-    x = torch.randn(2, 3, 6, 6, requires_grad=True)
-    norm, act, conv = fused(nn.Sequential(nn.BatchNorm2d(3), nn.LeakyReLU(0.1), nn.Conv2d(3, 4, 3)))
+    x = torch.randn(2, 3, 6, 6, device=DEVICE, requires_grad=True)
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.LeakyReLU(0.1), nn.Conv2d(3, 4, 3))
+    norm, act, conv = fused(net).to(DEVICE)
     call = _fused_convolution.call_into(norm, act, conv, x)
     assert isinstance(call, _conv_engine.Call)
     assert (call.op, call.operator, call.activation) == ("norm_act_conv", "norm_act_conv_bwd", "leaky_relu")
@@ -233,3 +234,8 @@ def test_calls() -> None:
     assert "is no convolution" in _fused_convolution.call_into(norm, None, act, x)
     with fuseblock.backend("cpu"):
         assert _conv_engine.choose(call)[0] == "aten"
+    with available("triton"), fuseblock.backend("triton"):
+        told = fuseblock.explain("block", nn.Sequential(norm, act, conv), x)
+        assert (told.op, told.chosen) == ("norm_act_conv", "triton")
+        without = nn.Sequential(norm, nn.Softplus(), conv)
+        assert "Softplus is no convolution" in str(fuseblock.explain("block", without, x))

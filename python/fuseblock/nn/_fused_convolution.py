@@ -62,6 +62,14 @@ def call_into(norm: torch.nn.Module, act: torch.nn.Module | None, conv: Any, x: 
     return Call("norm_act_conv", x, parameter_of(conv), conv.bias, geometry, *activation)
 
 
+def call_at(modules: Sequence[torch.nn.Module], x: Tensor) -> Call | str:
+    """What the first of the modules, a norm or a convolution, may run together with those behind it, or why not."""
+    first, second, third = [*modules, None, None, None][:3]
+    if not isinstance(first, BatchNormAct2d):
+        return call_of(first, second, x)
+    return call_into(first, second, third, x) if joins(first, second) else call_into(first, None, second, x)
+
+
 def through(
     conv: Any, followers: Sequence[torch.nn.Module], x: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, int] | None:
@@ -126,12 +134,10 @@ def into_convolution(
     """
     if not may_choose(x) or not wants_gradient((x, norm.weight, norm.bias)):
         return None
-    act = followers[0] if followers and joins(norm, followers[0]) else None
-    behind = [*followers[0 if act is None else 1 :]]
-    conv = behind.pop(0) if behind else None
-    call = call_into(norm, act, conv, x)
+    call = call_at([norm, *followers], x)
     if isinstance(call, str) or choose(call)[0] != "triton":
         return None
+    conv, *behind = followers[1 if joins(norm, followers[0]) else 0 :]
     forward = call_of(conv, behind[0] if behind else None, x)
     is_ours = not isinstance(forward, str) and choose(forward)[0] == "triton"
     if is_ours and forward.op == "conv_act":  # type: ignore[union-attr]
