@@ -154,7 +154,7 @@ def _answer(op: str, args: Sequence[Any]) -> _tables.Answer | None:
     if question is None:
         return None
     like = args[question.like]
-    x = like if isinstance(like, torch.Tensor) else next(x for x in like if x is not None)
+    x = like if isinstance(like, torch.Tensor) else like[0]
     if not x.is_cuda:
         return None
     table = _tables.in_force(x.get_device())
