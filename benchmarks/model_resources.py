@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,16 @@ def of_build() -> dict[str, Any] | None:
     return {"compiler": build["cuda"]["compiler"], "kernels": _summary(rows)}
 
 
-def of_triton() -> dict[str, Any]:
-    """Triton's version and its kernels, compiled now: minutes."""
+def triton_version() -> str:
+    """The compiler of Triton's kernels; "" without Triton."""
+    try:
+        return "Triton " + importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def of_triton(kernels: Collection[str] = ()) -> dict[str, Any]:
+    """Triton's version and its kernels, or those with these names, compiled now: all of them take minutes."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
     def python(*arguments: str) -> str:
@@ -85,14 +93,15 @@ def of_triton() -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "jobs.json")
-        path.write_text(python("-c", _LIST_JOBS))
-        functions = {job["name"]: job["kernel"] for job in json.loads(path.read_text())}
+        jobs = json.loads(python("-c", _LIST_JOBS))
+        functions = {job["name"]: job["kernel"] for job in jobs if not kernels or job["kernel"] in kernels}
+        path.write_text(json.dumps([job for job in jobs if job["name"] in functions]))
         results = json.loads(python("-m", "tests.triton_aot", str(path)))
     rows = [
         {**result, "function": functions[result["name"]], "architecture": "90", "spills": result["stack"]}
         for result in results
     ]
-    return {"compiler": "Triton " + importlib.metadata.version("triton"), "kernels": _summary(rows)}
+    return {"compiler": triton_version(), "kernels": _summary(rows)}
 
 
 def recorded() -> dict[str, Any]:

@@ -30,6 +30,22 @@ def test_resources_are_those_of_this_build() -> None:
     assert here["kernels"] == recorded["kernels"], UPDATE
 
 
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        ("bias_act_fwd_kernel", "batch_norm_act_fwd_kernel"),
+        pytest.param((), marks=pytest.mark.slow, id="all"),
+    ],
+    ids=lambda kernels: f"{len(kernels)}",
+)
+def test_resources_are_those_that_triton_compiles(kernels: tuple[str, ...]) -> None:
+    recorded = resources.recorded()["triton"]
+    if resources.triton_version() != recorded["compiler"]:
+        pytest.skip("no Triton here, or another one than the recorded one")
+    expected = [row for row in recorded["kernels"] if not kernels or row["function"] in kernels]
+    assert resources.of_triton(kernels)["kernels"] == expected, UPDATE
+
+
 def test_every_cuda_kernel_is_in_the_registry() -> None:
     sources = "\n".join(path.read_text() for path in (resources.ROOT / "csrc/cuda").glob("*.cuh"))
     functions = re.findall(r"__global__ void\s+(?:__launch_bounds__\([^;{]*?\)\s+)?(\w+)\(", sources)
