@@ -107,10 +107,13 @@ def _sanitizer(tool: str) -> Stage:
 def _bench(suite: str, kind: str) -> Stage:
     name = f"bench-{suite}-{kind}"
     dtype = "--dtype float32 --tf32" if kind == "tf32" else f"--dtype {kind}"
+    # Of blocks, both layouts and CUDA graphs: what their bars compare.
+    names = ("fuseblock",) if suite == "lstm" else ("fuseblock", "*:channels-last", "*:graphed", "copy")
+    providers = " ".join(f"--providers '{name}'" for name in names)
     return Stage(
         name,
         f"the {suite} suite in {kind} against PyTorch",
-        f"python -m benchmarks --device cuda --suite {suite} {dtype} --providers fuseblock --budget 0.3"
+        f"python -m benchmarks --device cuda --suite {suite} {dtype} {providers} --budget 0.3"
         f" --limit {SECONDS - 30:.0f} --json {{out}}/{name}.json --html {{out}}/{name}.html",
     )
 
