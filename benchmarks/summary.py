@@ -224,7 +224,7 @@ GPU_BARS: tuple[Bar, ...] = (
     ),
     *(
         Bar(
-            f"GAN blocks, {mode}: 0.97x the best of eager in both layouts and torch.compile",
+            f"GAN blocks, {mode}: 0.97x the best of eager in both layouts and, with --compile, compiled",
             mode,
             _BLOCKS,
             _peer,
