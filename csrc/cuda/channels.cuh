@@ -130,9 +130,9 @@ struct ChannelWalk {
 
  private:
   // Whether there is a vector for this thread: of an odd number of positions, the last one has none behind it.
-  __device__ bool moves() const { return rows_ > rows_without_; }
+  __device__ bool moves() const { return kSharers == 1 || rows_ > rows_without_; }
 
-  int rows_without_;  // 1 where the last row has no vector for this thread
+  int rows_without_ = 0;  // 1 where the last row has no vector for this thread
   int64_t rows_, columns_, column_, row_step_, column_step_, step_, wrap_;
 };
 

@@ -52,8 +52,8 @@ def load(variant: str | None = None) -> EmulatedCuda:
     """
     variant = variant or os.environ.get("FUSEBLOCK_EMULATOR_VARIANT", "plain")
     with ThreadPoolExecutor() as pool:
-        gates, norm, bias_act, images = pool.map(lambda family: load_family(family, variant), FAMILIES)
-    kernels = EmulatedCuda(gates, EmulatedBatchNormAct(norm), EmulatedBiasAct(bias_act))
+        gates, _, bias_act, images = pool.map(lambda family: load_family(family, variant), FAMILIES)
+    kernels = EmulatedCuda(gates, load_norm(variant), EmulatedBiasAct(bias_act))
     kernels.upfirdn2d = EmulatedUpfirdn2d(images).upfirdn2d
     kernels.tiers = {tier: load_recurrence(tier, variant) for tier in resident_recurrence.TIERS}
     return kernels
@@ -63,6 +63,13 @@ def load(variant: str | None = None) -> EmulatedCuda:
 def load_family(family: str, variant: str) -> ModuleType:
     """The launchers of one of `FAMILIES`."""
     return _module(family, FAMILIES[family], variant)
+
+
+@functools.cache
+def load_norm(variant: str | None = None) -> EmulatedBatchNormAct:
+    """The kernels of batch_norm_act alone; otherwise like `load`."""
+    variant = variant or os.environ.get("FUSEBLOCK_EMULATOR_VARIANT", "plain")
+    return EmulatedBatchNormAct(load_family("batch_norm_act", variant))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Tests of the LSTM's kernels again, with the kernels built for AddressSanitizer and ThreadSanitizer."""
+"""Tests of CUDA kernels again, with the kernels built for AddressSanitizer and ThreadSanitizer."""
 
 from __future__ import annotations
 
@@ -65,6 +65,21 @@ def test_cluster_tier(variant: str, selection: str) -> None:
 )
 def test_grid_tier(variant: str, selection: str) -> None:
     run_tests("tests/ops/test_lstm_recurrence_grid.py", variant, selection)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("file", "variant", "selection"),
+    [
+        ("whole", "asan", "shared_memory or several or room"),
+        ("whole", "tsan", "order"),
+        ("kernels", "asan", "cuda and (values or several_blocks)"),
+        ("kernels", "tsan", "order and not triton"),
+    ],
+)
+def test_norms(file: str, variant: str, selection: str) -> None:
+    run_tests(f"tests/ops/test_batch_norm_act_{file}.py", variant, selection)
 
 
 def run_tests(file: str, variant: str, selection: str) -> None:

@@ -44,6 +44,7 @@ CASES = [
             (False, "elu", None),
         ]
     ),
+    Case((1, 1, 5, 7), False, "leaky_relu", torch.float32, saved="mask"),
     # An odd number of positions, where two threads share vectors in the second order.
     Case((3, 24, 5, 7), True, "relu", torch.bfloat16, saved="mask"),
     Case((1, 8, 1, 1), True, "silu", torch.bfloat16, saved="residual"),
@@ -72,9 +73,9 @@ def cuda_kernels() -> Any:
 
     if DEVICE == "cuda":
         return CudaKernels(torch.ops.fuseblock_cuda)
-    from ..emulator import load
+    from ..emulator import load_norm
 
-    return load().norm.kernels
+    return load_norm().kernels
 
 
 @pytest.fixture(params=[pytest.param(name, marks=_ON_GPU) for name in ("triton", "cuda")])
@@ -179,9 +180,9 @@ def test_results_repeat_whatever_the_order_of_threads(last: bool) -> None:
     """Bit for bit: no sum depends on who comes first."""
     if DEVICE == "cuda":
         pytest.skip("the order of threads is the emulator's")
-    from ..emulator import load
+    from ..emulator import load_norm
 
-    norm = load().norm
+    norm = load_norm()
     case = Case((3, 2, 1600) if not last else (70, 5, 2), last, "silu", torch.float32)
     site, _ = case.site()
     dy, v = case.elements(3), case.elements(4)
@@ -203,9 +204,9 @@ def test_cuda_reads_vectors_where_rows_are_aligned() -> None:
     """Threads of the last launch over the channels of a position: 16 bytes each, 4 channels at most in the second order."""
     if DEVICE == "cuda":
         pytest.skip("launches are the emulator's")
-    from ..emulator import load
+    from ..emulator import load_norm
 
-    norm = load().norm
+    norm = load_norm()
     for dtype, offset, wide, second in [
         (torch.float64, 0, 1, 1),
         (torch.float32, 0, 4, 4),
@@ -255,9 +256,9 @@ def test_cudas_reductions_are_not_split_into_crumbs() -> None:
 def test_sizes_and_dtypes_that_cuda_refuses() -> None:
     if DEVICE == "cuda":
         pytest.skip("the launchers are called through the emulator")
-    from ..emulator import load
+    from ..emulator import load_norm
 
-    module = load().norm._module
+    module = load_norm()._module
     sizes = {"samples": 1, "channels": 2, "size": 3, "channels_last": False}
     numbers = sizes | {"activation": 0, "negative_slope": 0.0, "slope_stride": 0, "eps": 0.0}
     kernels = ("stats", "fwd", "bwd_reduce", "bwd", "bwd_bwd_reduce", "bwd_bwd")

@@ -30,9 +30,9 @@ def norm() -> Iterator[Any]:
     """The emulator, as an H200 again afterwards."""
     if DEVICE == "cuda":
         pytest.skip("the device is the emulator's")
-    from ..emulator import load
+    from ..emulator import load_norm
 
-    emulated = load().norm
+    emulated = load_norm()
     yield emulated
     emulated.set_device()
     emulated.set_seed(0)
