@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import cases as registry
-from benchmarks import console, machine, model_page, runner, summary, tune
+from benchmarks import console, machine, model_page, profile_case, runner, summary, tune
 from benchmarks import providers as peers
 from benchmarks.suites import SUITES, Suite
 
@@ -32,7 +32,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description="Measure fuseblock against PyTorch and ONNX Runtime. Speed is shown for right results only.",
         epilog="python -m benchmarks tune measures the table of this GPU that dispatch reads: tune --help; "
-        "python -m benchmarks model writes docs/performance.md",
+        "python -m benchmarks model writes docs/performance.md; "
+        "python -m benchmarks profile shows where a case's time goes: profile --help",
     )
     add = parser.add_argument
     add("--case", "--only", dest="case", action="append", metavar="GLOB", help="cases to run (repeatable)")
@@ -152,6 +153,8 @@ def main(argv: Sequence[str] | None = None, suites: tuple[Suite, ...] = SUITES) 
         return tune.main(argv[1:])
     if argv[:1] == ["model"]:
         return model_page.main(argv[1:])
+    if argv[:1] == ["profile"]:
+        return profile_case.main(argv[1:])
     args = _parser().parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda, but PyTorch sees no CUDA device", file=sys.stderr)
