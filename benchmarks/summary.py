@@ -162,7 +162,7 @@ def _kind(*kinds: str) -> Predicate:
 
 
 GAN_CLASSES: dict[str, Predicate] = {
-    "batch norm and activation": _kind("norm", "norm-small", "norm-smooth"),
+    "batch norm and activation": _kind("norm", "norm-small", "norm-smooth", "norm-large"),
     "convolution": _kind("conv"),
     "blocks and networks": _kind("block", "critic-bn", "r1"),
     "spectral norm": _kind("spectral"),
@@ -207,7 +207,8 @@ _BLOCKS = _kind("block", "critic-bn")
 
 def _is_large(sizes: dict[str, Any]) -> bool:
     """Whether an input of 16 bit has 64 MB."""
-    return _kind("norm", "norm-smooth", "pointwise", "filter")(sizes) and 2 * sizes["elements"] >= 64e6
+    kinds = _kind("norm", "norm-smooth", "norm-large", "pointwise", "filter")
+    return kinds(sizes) and 2 * sizes["elements"] >= 64e6
 
 
 #: The promises about GAN blocks on a GPU, in channels-last bfloat16 where that is not said otherwise.
