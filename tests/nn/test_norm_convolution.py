@@ -105,6 +105,7 @@ def test_only_the_gradients_asked_for(backwards: list[Tensor]) -> None:
     assert (masks([x, conv.weight]), len(backwards)) == ([[False, True, False]], 4)
     for wanted in ([x], [norm.weight]):
         assert (masks(wanted, create_graph=True), len(backwards)) == ([[True, False, False]], 4)
+    assert masks([conv.weight], create_graph=True) == [[False, True, False]]
     conv.requires_grad_(False)
     net(x).sum().backward()
     assert len(backwards) == 5
