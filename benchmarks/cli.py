@@ -104,7 +104,9 @@ def build_report(
     return {
         "schema": SCHEMA,
         **machine.describe(settings.device),
-        "command": "python -m benchmarks " + " ".join(argv),
+        # Where files lie is the machine's affair.
+        "command": "python -m benchmarks "
+        + " ".join(Path(a).name if Path(a).is_absolute() else a for a in argv),
         "parameters": dataclasses.asdict(settings),
         "ceilings": ceilings,
         "rows": [_finite(dataclasses.asdict(row)) for row in rows],
