@@ -124,6 +124,7 @@ def test_empty_blocks_take_columns() -> None:
         Case("conv2d", (1, 18, 8, 7), (17, 18, 3, 3), {"padding": 1}, bias=False),  # little
         Case("conv2d", (1, 50, 6, 6), (200, 50, 5, 5), {"padding": 2}, bias=False),  # of few pixels
         Case("conv2d", (1, 36, 32, 32), (36, 18, 3, 3), {"groups": 2}, bias=False),
+        Case("conv2d", (0, 18, 16, 15), (33, 18, 5, 4), bias=False),
         Case("conv_transpose2d", (1, 18, 32, 32), (18, 33, 3, 3), bias=False),
         Case("conv1d", (2, 33, 4096), (33, 33, 3), bias=False),
     ],

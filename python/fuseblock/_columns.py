@@ -50,6 +50,7 @@ def fits(dy: Tensor, v: Tensor, w: Tensor, geometry: Geometry) -> bool:
     return (
         inputs > _IMAGE
         and _MARGIN * inputs * (outputs + _WRITE) <= blocks * _BLOCK**2
+        and dy.shape[0] > 0
         and pixels >= _PIXELS
         and 4 * w.numel() * pixels >= _FLOP
         and torch.get_float32_matmul_precision() == "highest"

@@ -114,8 +114,8 @@ def choose(call: Call) -> tuple[str, str]:
 
 def why_not_triton(call: Call) -> str | None:
     """None when our kernels can run the call, else the reason why they cannot."""
-    if is_compiling():
-        return "torch.compile sees PyTorch's convolution"
+    if is_compiling() or torch._C._get_tracing_state() is not None:
+        return "compilers and tracers see PyTorch's convolution"
     if torch._C._are_functorch_transforms_active() or forward_mode_active():
         return "transforms see PyTorch's convolution"
     reason = _why_not_geometry(call)

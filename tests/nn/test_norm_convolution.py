@@ -218,10 +218,15 @@ def test_evaluation_hooks_and_others_run_apart(backwards: list[Tensor]) -> None:
     run(norm, act, nn.Conv2d(4, 4, 3, padding=3))
     run(norm, act, nn.Conv2d(4, 4, 3, dilation=2))
     run(norm, act, nn.Conv2d(4, 4, 3, padding="same"))
-    run(norm, act, nn.utils.parametrizations.spectral_norm(conv))
+    run(norm, act, nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)))
     with torch.no_grad():
         fused(nn.Sequential(norm, act, conv)).to(DEVICE)(x)
+    torch.jit.trace(fused(nn.Sequential(norm, act, conv)).to(DEVICE), x, check_trace=False)
     assert backwards == []
+    run(norm, act, conv)
+    assert len(backwards) == 1
+    with pytest.raises(ValueError, match="running_mean"):
+        run(nn.BatchNorm2d(3, affine=False), act, conv)
 
 
 def test_calls() -> None:

@@ -6,7 +6,7 @@ import copy
 import importlib
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fuseblock
 from fuseblock import _ext
-from fuseblock.nn import remove_spectral_norm, spectral_norm
+from fuseblock._conv_engine import Call
+from fuseblock.nn import _fused_convolution, remove_spectral_norm, spectral_norm
 
 KINDS = ["cpu", "aten", "reference"]
 
@@ -436,8 +437,9 @@ def test_errors() -> None:
     assert isinstance(partly[0].weight, torch.nn.Parameter), "nothing is changed before an error"
 
 
-def test_replicas_of_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each normalises its own layers; the first one's u and v are the model's."""
+@pytest.fixture
+def replicate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[torch.nn.Module]]:
+    """DataParallel's, of which a CPU is as many devices as one likes."""
     module = importlib.import_module("torch.nn.parallel.replicate")
 
     def copies(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
@@ -446,12 +448,38 @@ def test_replicas_of_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "_broadcast_coalesced_reshape", copies)
     monkeypatch.setattr(module, "_get_device_index", lambda device, optional: device)
+    return module.replicate  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", [spectral_norm, torch.nn.utils.spectral_norm])
+def test_replicas_that_may_run_fused(
+    replicate: Callable[..., list[torch.nn.Module]],
+    method: Callable[[torch.nn.Module], torch.nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who runs is chosen before the weight is made, of which a replica has none till then, or another device's."""
+    monkeypatch.setattr(_fused_convolution, "may_choose", lambda x: True)
+    asked: list[int] = []
+
+    def choose(call: Call) -> tuple[str, str]:
+        asked.append(call.weight.data_ptr())
+        return "aten", ""
+
+    monkeypatch.setattr(_fused_convolution, "choose", choose)
+    net = fuseblock.nn.Sequential(method(fuseblock.nn.Conv2d(3, 4, 3)), fuseblock.nn.LeakyReLU(0.1))
+    _, second = replicate(net, [0, 1])
+    second(torch.randn(2, 3, 8, 8))
+    assert asked == [second[0].weight_orig.data_ptr()]
+
+
+def test_replicas_of_data_parallel(replicate: Callable[..., list[torch.nn.Module]]) -> None:
+    """Each normalises its own layers; the first one's u and v are the model's."""
     x = torch.randn(2, 3, 8, 8)
     mine, other = pair()[1], pair()[1]
-    first, second = module.replicate(mine, [0, 1])
+    first, second = replicate(mine, [0, 1])
     assert torch.equal(first(x), second(x))
     mine.load_state_dict(other.state_dict())
-    first, second = module.replicate(mine, [0, 1])
+    first, second = replicate(mine, [0, 1])
     first(x).square().sum().backward()
     other(x).square().sum().backward()
     assert_same_gradients(mine, other)

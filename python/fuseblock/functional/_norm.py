@@ -89,10 +89,10 @@ def batch_norm_act(
         except (RuntimeError, ValueError) as error:
             failed = error
         # The kernel checks as well; here it is said in the terms of this function.
-        _check_running(x, running_mean, running_var)
+        check_running(x, running_mean, running_var)
         ops.check_batch_norm_act(x, weight, bias, residual, slope, *given, activation, training, "")
         raise failed
-    _check_running(x, running_mean, running_var)
+    check_running(x, running_mean, running_var)
     group = "" if process_group is None else process_group.group_name
     mean, var = (
         (running_mean, running_var) if not training else (None, None) if statistics is None else statistics
@@ -116,7 +116,7 @@ def batch_norm_act(
     return y
 
 
-def _check_running(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> None:
+def check_running(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> None:
     """Raise ValueError or TypeError where running statistics are not such of x."""
     if not isinstance(x, Tensor) or x.dim() < 2:
         return  # the operator's check says so

@@ -26,7 +26,7 @@ def see_calls(hooks: Iterable[Callable[..., Any]]) -> bool:
 
 def parameter_of(layer: torch.nn.Module) -> Tensor:
     """What the weight is made of, of its shape, dtype and layout; the weight itself where no hook makes it."""
-    weight: Tensor | None = layer._parameters.get("weight_orig")
+    weight: Tensor | None = getattr(layer, "weight_orig", None)  # no parameter in replicas of DataParallel
     return layer.weight if weight is None else weight  # type: ignore[return-value]
 
 

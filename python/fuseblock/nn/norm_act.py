@@ -13,7 +13,7 @@ from .._activations import activate, check_activation
 from .._batch_norm_node import FEW_ELEMENTS, IN_PLACE
 from .._conv_engine import Call
 from .._norm_convolution import Convolve
-from ..functional._norm import move_running
+from ..functional._norm import check_running, move_running
 from .activation import mark, name_of, unusual
 
 
@@ -124,6 +124,7 @@ class _BatchNormAct(_WithActivation, torch.nn.modules.batchnorm._BatchNorm):
     ) -> tuple[Tensor, ...]:
         """The results of ``convolve``, of act(batch_norm(input)) in training, as one node; the activation is the call's."""
         self._check_input_dim(input)
+        check_running(input, self.running_mean, self.running_var)
         momentum = self._count()
         given = (None, None) if statistics is None else statistics
         act = call.activation, call.negative_slope
