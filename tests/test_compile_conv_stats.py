@@ -101,6 +101,9 @@ def _conv_jobs(
     accumulators = tiles(around.norm, layout)
     blocks = gpu_blocks(dtype, precision, accumulators, step, around.out_channels, strided, around.is_tall)
     constants |= {"KH": taps, "KW": taps, "ROW": row, **blocks.constants}
+    # Integers that are 1 are constants for Triton: padding by 1, stride 1 of three taps, no groups.
+    constants |= {"pad_y": 1, "pad_x": 1} | ({"stride_y": 1, "stride_x": 1} if taps == 3 else {})
+    constants |= {} if around is GROUPED else {"groups": 1}
     yield _job(conv2d_stats, "conv2d_stats_fwd_kernel", arch, types, blocks.options, whole, **constants)
 
 
