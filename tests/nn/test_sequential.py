@@ -209,3 +209,30 @@ def test_slices_of_blocks() -> None:
     assert type(block[:1]) is fuseblock.nn.Sequential
     torch.testing.assert_close(block[:1](x), block[0](x))
     assert block[0] is block[:1][0]
+
+
+def test_a_compiled_module_of_a_sequence_runs_compiled() -> None:
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        compiled.append(graph)
+        return graph
+
+    inner, conv = fuseblock.nn.Sequential(nn.Tanh()), fuseblock.nn.Conv2d(3, 3, 1)
+    model = fuseblock.nn.Sequential(inner, conv, fuseblock.nn.ReLU())
+    x = torch.randn(2, 3, 4, 4)
+    want = model(x)
+    for count, module in enumerate((inner, conv), 1):
+        torch._dynamo.reset()
+        module.compile(backend=backend)
+        torch.testing.assert_close(model(x), want)
+        assert len(compiled) >= count
+    torch._dynamo.reset()
+
+
+def test_slices_of_subclasses() -> None:
+    critic = fuseblock.gan.DCGANDiscriminator(8, width=4)
+    features = critic[:-1]
+    assert type(features) is fuseblock.nn.Sequential
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(critic[-1](features(images)).flatten(), critic(images))

@@ -58,7 +58,7 @@ def activate_over(act: torch.nn.Module, x: Tensor, is_kept: bool = False) -> Ten
 
 
 def unusual(module: torch.nn.Module) -> bool:
-    """Whether a call of the module is more than its class's forward: hooks, or a forward of its own."""
+    """Whether a call of the module is more than its class's forward: hooks, a forward of its own, or a compiled one."""
     return bool(module._forward_pre_hooks) or shows_output(module)
 
 
@@ -69,6 +69,7 @@ def shows_output(module: torch.nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
         or _has_any_global_hook()
     )
 

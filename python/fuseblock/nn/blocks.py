@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -74,14 +73,6 @@ class _ConvBlock(Sequential):
     def bias(self) -> Tensor | None:
         """The convolution's."""
         return self[0].bias  # type: ignore[no-any-return]
-
-    def __getitem__(self, idx: Any) -> Any:
-        # torch.nn.Sequential would make a slice of this class.
-        return (
-            Sequential(OrderedDict([*self._modules.items()][idx]))
-            if isinstance(idx, slice)
-            else super().__getitem__(idx)
-        )
 
 
 class Conv2dBlock(_ConvBlock):

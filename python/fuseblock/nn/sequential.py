@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,6 +41,12 @@ class Sequential(torch.nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         """The modules, one after the other."""
         return run([*_flat(self)], input)
+
+    def __getitem__(self, idx: Any) -> Any:
+        """A module, or a `Sequential` of a slice: subclasses have other arguments, and a forward for the whole."""
+        if isinstance(idx, slice):
+            return Sequential(OrderedDict([*self._modules.items()][idx]))
+        return super().__getitem__(idx)
 
 
 def _flat(modules: torch.nn.Sequential) -> Iterator[torch.nn.Module]:
