@@ -140,6 +140,15 @@ def _plan(suite: Suite, args: argparse.Namespace) -> _Plan:
     return _Plan(suite, cases, modes, peers.select(patterns, suite.providers))
 
 
+def _why_nothing(plans: Sequence[_Plan], args: argparse.Namespace) -> str:
+    """Why the plans have nothing to run."""
+    cases = [case for plan in plans for case in plan.cases]
+    if not cases:
+        return "--quick or the absence of --full leaves no case"
+    asked = "mode " + " or ".join(args.mode or ())
+    return f"no case has {asked}; " + "; ".join(f"{case.name} has {', '.join(case.modes)}" for case in cases)
+
+
 def main(argv: Sequence[str] | None = None, suites: tuple[Suite, ...] = SUITES) -> int:
     """Run the suites.
 
@@ -177,6 +186,10 @@ def main(argv: Sequence[str] | None = None, suites: tuple[Suite, ...] = SUITES) 
     for package, consequence in _OPTIONAL.items():
         if importlib.util.find_spec(package) is None:
             print(f"note: {package} is not installed: {consequence}", file=sys.stderr)
+    total = sum(mode in case.modes for plan in plans for case in plan.cases for mode in plan.modes)
+    if total == 0:
+        print(f"error: {_why_nothing(plans, args)}", file=sys.stderr)
+        return 2
     names = {case.name for plan in plans for case in plan.cases}
     left_out = [
         case.name
@@ -209,7 +222,6 @@ def main(argv: Sequence[str] | None = None, suites: tuple[Suite, ...] = SUITES) 
         warnings.simplefilter("ignore")
         runner.apply(settings)
         ceilings = machine.ceilings(args.device, settings.torch_dtype, seconds=0.2 if args.quick else 0.5)
-        total = sum(mode in case.modes for plan in plans for case in plan.cases for mode in plan.modes)
         announce = stack.enter_context(console.progress(total))
         for plan in plans:
             rows.extend(

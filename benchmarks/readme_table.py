@@ -5,8 +5,8 @@ The text between the two markers in the README is replaced; nothing else is touc
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +107,19 @@ def _against(rows: dict[tuple[str, str, str], dict[str, Any]], case: str, peer: 
 
 def main() -> None:
     """Rewrite the README's results."""
-    readme, sources = Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]]
-    text = readme.read_text()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme_table", description=main.__doc__)
+    parser.add_argument("readme", type=Path, help="the file with the markers")
+    parser.add_argument(
+        "sources", type=Path, nargs="+", metavar="JSON", help="results of python -m benchmarks"
+    )
+    args = parser.parse_args()
+    text = args.readme.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     bodies = [
-        f"From [{s.as_posix()}]({s.as_posix()}):\n\n{table(json.loads(s.read_text()))}" for s in sources
+        f"From [{s.as_posix()}]({s.as_posix()}):\n\n{table(json.loads(s.read_text()))}" for s in args.sources
     ]
-    readme.write_text(f"{before}{BEGIN}\n" + "\n\n".join(bodies) + f"\n{END}{after}")
+    args.readme.write_text(f"{before}{BEGIN}\n" + "\n\n".join(bodies) + f"\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -407,6 +407,17 @@ def test_usage_errors(bench, capsys):
     if not torch.cuda.is_available():
         assert bench.cli.main(["--device", "cuda"]) == 2
     assert "no case matches" in capsys.readouterr().err
+    assert bench.cli.main(["--case", "blur-up", "--mode", "double"]) == 2
+    assert "no case has mode double; blur-up has forward, train" in capsys.readouterr().err
+
+
+def test_the_readme_table_explains_itself(bench, capsys, monkeypatch):
+    from benchmarks import readme_table
+
+    monkeypatch.setattr(sys, "argv", ["readme_table", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        readme_table.main()
+    assert "usage: python -m benchmarks.readme_table" in capsys.readouterr().out
 
 
 def test_list(bench, capsys):
