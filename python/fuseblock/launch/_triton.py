@@ -48,7 +48,7 @@ def why_not(x: Tensor) -> str | None:
     if INTERPRETED:
         return None
     if x.device.type != "cuda":
-        return f"tensors are on {x.device}, and Triton's interpreter is off (TRITON_INTERPRET=1 at import turns it on)"
+        return f"tensors are on {x.device}"
     capability = gpu_of(x).capability
     if capability < (8, 0):
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
