@@ -346,7 +346,7 @@ IMAGES = Family(
             again="b*X + 4*K",
             flops="2*K/u*Y",
             cuda="upfirdn2d(_row|_tile)?_kernel",
-            triton="upfirdn2d(_tile)?_kernel",
+            triton="upfirdn2d(_row|_tile)?_kernel",
         ),
     ),
     note="Neighbouring outputs share their inputs: one sample is loaded up to K/u times, from the first cache.",

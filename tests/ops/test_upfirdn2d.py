@@ -105,6 +105,9 @@ CASES = {
     "rows, up, odd padding": ((1, 2, 4, 16), (4, 4), 2, 1, (3, 0, 1, 2)),
     "rows, down": ((1, 3, 9, 32), (4, 4), 1, 2, (1, 1, 1, 1)),
     "rows, down, odd padding": ((1, 2, 6, 16), (4, 4), 1, 2, (-3, 5, 4, 0)),
+    "rows, long filter": ((1, 2, 5, 16), (1, 12), 1, 1, (6, 5, 0, 1)),
+    "rows, up and down": ((1, 2, 6, 8), (3, 5), (2, 1), (1, 2), (3, 1, 2, 1)),
+    "rows, down and up": ((1, 1, 3, 32), (5, 3), (1, 2), (2, 1), (2, -1, -1, 5)),
 }
 
 
@@ -142,7 +145,9 @@ def test_parts_of_large_images_on_a_cpu(shape: tuple[int, ...], taps: int) -> No
                 torch.testing.assert_close(got, want, rtol=0, atol=1e-12 * taps**2)
 
 
-@pytest.mark.parametrize("case", ["blur", "up, odd padding", "down", "both factors", "many channels"])
+@pytest.mark.parametrize(
+    "case", ["blur", "up, odd padding", "down", "both factors", "many channels", "rows, up and down"]
+)
 def test_triton_in_small_blocks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several programs per launch in both dimensions, the last ones ragged."""
     from fuseblock.launch import triton_upfirdn2d
@@ -150,7 +155,9 @@ def test_triton_in_small_blocks(case: str, monkeypatch: pytest.MonkeyPatch) -> N
     shape, taps, up, down, padding = CASES[case]
     f = torch.randn(taps, dtype=torch.float64)
     with available("triton") as triton:
-        monkeypatch.setattr(triton_upfirdn2d, "_blocks", lambda places, channels: (16, min(channels, 2)))
+        monkeypatch.setattr(
+            triton_upfirdn2d, "_blocks", lambda places, channels, vector: (16, min(channels, 2))
+        )
         for layout in LAYOUTS.values():
             x = torch.randn(*shape[:1], min(shape[1], 5), *shape[2:], dtype=torch.float64)
             x = x.contiguous(memory_format=layout)
