@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from ._ragged import packing
 from ._recompute import LayerWeights
 from .functional import _spectral
 
+if TYPE_CHECKING:
+    from .nn._fused_convolution import Decision
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -28,7 +31,8 @@ class Explanation:
         chosen: name of the engine or backend that would run.
         reasons: (name, reason) of every candidate in order of preference; reason None means that it can run.
         rule: why the chosen one is preferred to others that can run: a measurement in a table, or the plain rule.
-        parts: further operators of the call: of a stack that our engine runs on a GPU, those of each layer.
+        parts: further operators of the call: of a stack that our engine runs on a GPU, those of each layer; of a block,
+            those behind the first.
     """
 
     op: str
@@ -48,11 +52,12 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Explain who would run ``op`` on these arguments under the backend now in force.
 
     Args:
-        op: ``"block"`` (a `Sequential` of a convolution and what stands behind it, or of a batch norm, its activation and a
-            convolution, and its input: whether PyTorch's convolution or one of ours runs, there in backward), ``"lstm"``
-            (arguments of `functional.lstm`: the engine of the stack, and which of its layers run fused, input projection
-            included), ``"spectral_norm"`` (arguments of `functional.spectral_norm`), or an operator's name, e.g.
-            ``"lstm_gates"`` or ``"lstm_recurrence_bwd"`` with the operator's arguments.
+        op: ``"block"`` (a `Sequential` or `ResidualBlock2d`, and its input: whether PyTorch's convolution or one of ours
+            runs, for each convolution with what stands behind it and, in backward, for each batch norm with the convolution
+            behind it, up to a module whose result only a call can tell), ``"lstm"`` (arguments of `functional.lstm`: the
+            engine of the stack, and which of its layers run fused, input projection included), ``"spectral_norm"``
+            (arguments of `functional.spectral_norm`), or an operator's name, e.g. ``"lstm_gates"`` or
+            ``"lstm_recurrence_bwd"``, with the operator's arguments.
 
     Returns:
         An `Explanation`; print it. Explained are operators. Unless a backend is forced, functions and modules do not come
@@ -62,7 +67,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         blocks on a GPU (``"block"``), and a `nn.ReLU` is, but for its gradient.
 
     Raises:
-        ValueError: no such operator. TypeError: these are not its arguments. What an operator raises of their shapes.
+        ValueError: no such operator. TypeError: these are not its arguments. What an operator or a module raises
+            of their shapes and dtypes.
     """
     if op == "lstm":
         call = inspect.signature(functional.lstm).bind(*args, **kwargs)
@@ -80,18 +86,42 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     return _explain_operator(op, args)
 
 
-def _explain_block(block: torch.nn.Sequential, input: Tensor) -> Explanation:
-    """The engine of a convolution and of what stands behind it, or of a norm and the convolution behind that."""
-    from .nn._fused_convolution import call_at  # modules stand on functions, and functions on this package
+def _explain_block(block: torch.nn.Module, input: Tensor) -> Explanation:
+    """The engine of each convolution and what stands behind it, and of each norm and the convolution behind that."""
+    from .nn import ResidualBlock2d, Sequential  # modules stand on functions, and functions on this package
+    from .nn._decisions import decisions, modules_of
 
-    if not isinstance(block, torch.nn.Sequential):
-        raise TypeError(f"explain: expected block as a Sequential, got {type(block).__name__}")
-    call = call_at([*block], input)
-    if isinstance(call, str):
-        return Explanation("block", "aten", (("aten", None), ("triton", call)), "the only one that can run")
-    engine, rule = _conv_engine.choose(call)
-    reasons = (("aten", None), ("triton", _conv_engine.why_not_triton(call)))
-    return Explanation(call.op, engine, reasons, rule)
+    if not isinstance(block, (torch.nn.Sequential, ResidualBlock2d)):
+        raise TypeError(
+            f"explain: expected block as a Sequential or ResidualBlock2d, got {type(block).__name__}"
+        )
+    if not isinstance(input, Tensor):
+        raise TypeError(f"explain: expected input as a Tensor, got {type(input).__name__}")
+    if not isinstance(block, (Sequential, ResidualBlock2d)):
+        return _explain_apart("block", "PyTorch's Sequential runs its modules one by one (`fuse` swaps it)")
+    names = {module: name for name, module in block.named_modules()}
+    found = [
+        (names[module], _explain_decision(op, decision))
+        for module, op, decision in decisions(modules_of(block), input)
+    ]
+    if not found:
+        return _explain_apart("block", "there is no convolution in it")
+    (_, first), *others = found
+    return replace(first, parts=tuple(replace(part, op=f"{part.op} at {name}") for name, part in others))
+
+
+def _explain_decision(op: str, decision: Decision | None) -> Explanation:
+    if decision is None:
+        rule = "what it returns only a call can tell: explain what is behind it by itself"
+        return Explanation(op, "unknown", (), rule)
+    if isinstance(decision.call, str):
+        return _explain_apart(op, decision.call)
+    reasons = (("aten", None), ("triton", _conv_engine.why_not_triton(decision.call)))
+    return Explanation(decision.call.op, decision.engine, reasons, decision.rule)
+
+
+def _explain_apart(op: str, reason: str) -> Explanation:
+    return Explanation(op, "aten", (("aten", None), ("triton", reason)), "the only one that can run")
 
 
 def _explain_spectral_norm(args: tuple[Any, ...]) -> Explanation:

@@ -254,7 +254,7 @@ def test_explain() -> None:
         told = fuseblock.explain("block", block.train(), x)
         assert told.chosen == "aten"
         assert ("Triton's interpreter is for tests" if DEVICE == "cpu" else "plain rule") in str(told)
-        other = fuseblock.nn.Conv2dBlock(3, 4, 3, norm="instance")
+        other = fuseblock.nn.Conv2dBlock(3, 4, 3, norm="instance", device=DEVICE)
         assert "neither batch norm nor activation" in str(fuseblock.explain("block", other, x))
         with fuseblock.backend("cpu"):
             assert fuseblock.explain("block", block, x).rule == "backend 'cpu' is forced"

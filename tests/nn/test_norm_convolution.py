@@ -241,7 +241,7 @@ def test_calls() -> None:
     with fuseblock.backend("cpu"):
         assert _conv_engine.choose(call)[0] == "aten"
     with available("triton"), fuseblock.backend("triton"):
-        told = fuseblock.explain("block", nn.Sequential(norm, act, conv), x)
+        told = fuseblock.explain("block", fuseblock.nn.Sequential(norm, act, conv), x)
         assert (told.op, told.chosen) == ("norm_act_conv", "triton")
-        without = nn.Sequential(norm, nn.Softplus(), conv)
+        without = fuseblock.nn.Sequential(norm, nn.Softplus(), conv)
         assert "Softplus is no convolution" in str(fuseblock.explain("block", without, x))

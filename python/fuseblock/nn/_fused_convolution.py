@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from .. import functional
 from .._conv_engine import Call, choose, may_choose
@@ -20,6 +21,8 @@ from .norm_act import BatchNormAct2d, joins
 
 def geometry_of(conv: torch.nn.Module | None) -> Geometry | str:
     """How a convolution of this package runs, or the reason why nothing can run with it."""
+    if isinstance(conv, (Conv2d, ConvTranspose2d)) and is_parametrized(conv):
+        return "a parametrization makes the weight anew whenever it is read"
     if type(conv) not in (Conv2d, ConvTranspose2d):
         return f"{type(conv).__name__} is no convolution of two dimensions of this package (`fuse` swaps PyTorch's)"
     assert isinstance(conv, (Conv2d, ConvTranspose2d))
@@ -70,6 +73,49 @@ def call_at(modules: Sequence[torch.nn.Module], x: Tensor) -> Call | str:
     return call_into(first, second, third, x) if joins(first, second) else call_into(first, None, second, x)
 
 
+class Decision(NamedTuple):
+    """Who runs a convolution and what stands behind or before it.
+
+    Attributes:
+        call: what may run together, or the reason why nothing does.
+        engine, rule: ``"aten"`` or ``"triton"``, and why.
+        takes_statistics: of a norm before a convolution, whether that is ours forward, too, and takes those of the norm
+            behind it.
+    """
+
+    call: Call | str
+    engine: str
+    rule: str
+    takes_statistics: bool = False
+
+
+def _decided(call: Call | str) -> Decision:
+    if isinstance(call, str):
+        return Decision(call, "aten", "the only one that can run")
+    return Decision(call, *choose(call))
+
+
+def behind(conv: Any, followers: Sequence[torch.nn.Module], x: Tensor) -> Decision:
+    """Who runs a convolution of x and the module behind it."""
+    return _decided(call_of(conv, followers[0] if followers else None, x))
+
+
+def before(norm: BatchNormAct2d, followers: Sequence[torch.nn.Module], x: Tensor) -> Decision:
+    """Who runs the backward of a norm of x and of the convolution behind it."""
+    if not wants_gradient((x, norm.weight, norm.bias)):
+        return _decided("neither the norm nor its input wants a gradient")
+    decision = _decided(call_at([norm, *followers], x))
+    if decision.engine != "triton":
+        return decision
+    conv, *rest = followers[1 if joins(norm, followers[0]) else 0 :]
+    call, engine, *_ = behind(conv, rest, x)
+    if isinstance(call, str) or engine != "triton":
+        return decision
+    if call.op == "conv_act":
+        return Decision(decision.call, "aten", "an activation in the convolution's epilogue saves more")
+    return decision._replace(takes_statistics=True)
+
+
 def through(
     conv: Any, followers: Sequence[torch.nn.Module], x: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, int] | None:
@@ -79,8 +125,8 @@ def through(
     """
     if not may_choose(x) or not followers:
         return None
-    call = call_of(conv, followers[0], x)
-    if isinstance(call, str) or choose(call)[0] != "triton":
+    call, engine, *_ = behind(conv, followers, x)
+    if isinstance(call, str) or engine != "triton":
         return None
     _, _, _, bias, geometry, activation, negative_slope = call
     with weight_of(conv, x) as weight:
@@ -132,26 +178,22 @@ def into_convolution(
     None where both are to run apart. ``residual`` is added by the last follower, a norm. ``statistics``: mean and variance
     of x, where its producer gives them.
     """
-    if not may_choose(x) or not wants_gradient((x, norm.weight, norm.bias)):
+    if not may_choose(x):
         return None
-    call = call_at([norm, *followers], x)
-    if isinstance(call, str) or choose(call)[0] != "triton":
+    call, engine, _, takes_statistics = before(norm, followers, x)
+    if isinstance(call, str) or engine != "triton":
         return None
-    conv, *behind = followers[1 if joins(norm, followers[0]) else 0 :]
-    forward = call_of(conv, behind[0] if behind else None, x)
-    is_ours = not isinstance(forward, str) and choose(forward)[0] == "triton"
-    if is_ours and forward.op == "conv_act":  # type: ignore[union-attr]
-        return None  # an activation in the convolution's epilogue saves more
+    conv, *rest = followers[1 if joins(norm, followers[0]) else 0 :]
 
     def convolve(a: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        if is_ours:
+        if takes_statistics:
             return _with_statistics(a, weight, bias, call.geometry)
         return (torch.convolution(a, weight, bias, *call.geometry),)
 
     with weight_of(conv, x) as weight:  # type: ignore[arg-type]
         y, *of_y = norm.convolved(x, call._replace(weight=weight), convolve, statistics)
-    taken = len(followers) - len(behind)
+    taken = len(followers) - len(rest)
     if not of_y:
         return y, taken
-    result, more = _normalised(behind, y, residual, (of_y[0], of_y[1]))
+    result, more = _normalised(rest, y, residual, (of_y[0], of_y[1]))
     return result, taken + more

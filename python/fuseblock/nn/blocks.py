@@ -192,19 +192,24 @@ class ResidualBlock2d(torch.nn.Module):
         """See the class."""
         y: Tensor
         if self.mode == "same":
-            residual = self.shortcut(input)
-            return run([self.conv1, *_inner(self.norm1), self.conv2, self.norm2], input, residual)
-        inner = [self.conv1, *_inner(self.norm2), self.conv2]
+            return run(self._sequence(), input, self.shortcut(input))
         if self.mode == "up":
-            hidden = run(inner, _doubled(self.norm1(input)))
+            hidden = run(self._sequence(), _doubled(self.norm1(input)))
             # A 1x1 convolution and nearest upsampling commute: the convolution sees a quarter of the pixels.
             y = hidden + _doubled(self.shortcut(input))
             return y
-        hidden = run([self.norm1, *inner], input)
+        hidden = run(self._sequence(), input)
         pooled = torch.nn.functional.avg_pool2d
         # So do a 1x1 convolution and the average pool; the pool of the sum is the sum of the pools.
         y = pooled(hidden, 2) + self.shortcut(pooled(input, 2))
         return y
+
+    def _sequence(self) -> list[torch.nn.Module]:
+        """What `run` runs; in "up" behind the first norm and the upsampling."""
+        if self.mode == "same":
+            return [self.conv1, *_inner(self.norm1), self.conv2, self.norm2]
+        inner = [self.conv1, *_inner(self.norm2), self.conv2]
+        return inner if self.mode == "up" else [*_inner(self.norm1), *inner]
 
     def extra_repr(self) -> str:
         """The mode."""
