@@ -165,6 +165,42 @@ def test_explain_refuses_arguments_that_are_not_the_calls() -> None:
         fuseblock.explain("lstm")
     with pytest.raises(TypeError, match="unexpected keyword argument 'length'"):
         fuseblock.explain("lstm", torch.zeros(5, 2, 4), None, None, [SMALL], length=5)
+    with pytest.raises(TypeError, match="lstm: expected input as a Tensor, got int"):
+        fuseblock.explain("lstm", 5, None, None, [SMALL])
+    with pytest.raises(ValueError, match="expected weights for every layer"):
+        fuseblock.explain("lstm", torch.zeros(5, 2, 4), None, None, [])
+    with pytest.raises(TypeError, match="explain: block: missing a required argument: 'input'"):
+        fuseblock.explain("block", fuseblock.nn.Sequential())
+    with pytest.raises(TypeError, match="block: expected input as a Tensor, got NoneType"):
+        fuseblock.explain("block", fuseblock.nn.Sequential(), None)
+    with pytest.raises(TypeError, match="explain: spectral_norm: missing a required argument: 'weights'"):
+        fuseblock.explain("spectral_norm")
+    with pytest.raises(TypeError, match=r"expected weights\[0\] as a Tensor, got str"):
+        fuseblock.explain("spectral_norm", ["a"], ["b"], ["c"])
+    with pytest.raises(TypeError, match=r"lstm_gates_bwd expects .*, got \(int, NoneType, Tensor, Tensor\)"):
+        fuseblock.explain("lstm_gates_bwd", 3, None, GATES, C)
+    state = torch.zeros(1, 2, 3)
+    with pytest.raises(TypeError, match=r"bool save_state\), got \(.*, str\)"):
+        fuseblock.explain(
+            "lstm_recurrence",
+            torch.zeros(5, 2, 12),
+            state,
+            state,
+            torch.zeros(1, 12, 3),
+            None,
+            None,
+            None,
+            "no",
+        )
+    wrong = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="lstm_recurrence: expected w_hh of shape"):
+        fuseblock.explain("lstm_recurrence_bwd", *(None,) * 5, *(wrong,) * 4, None, None, None)
+
+
+def test_explain_an_operator_on_packed_rows() -> None:
+    state, sizes = torch.zeros(1, 2, 3), torch.tensor([2, 1])
+    args = torch.zeros(3, 12), state, state, torch.zeros(1, 12, 3), None, None, sizes, True
+    assert fuseblock.explain("lstm_recurrence", *args).chosen in ("cpu", "reference")
 
 
 def test_env_report() -> None:

@@ -18,6 +18,8 @@ from torch._C import (
     _is_any_autocast_enabled,
     _len_torch_dispatch_stack,
 )
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -29,6 +31,11 @@ _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 Formula = Callable[..., Any]
+
+
+def faking(args: Iterable[Any]) -> FakeTensorMode:
+    """The mode in which operators say the shapes of their results and compute nothing; that of arguments that are fake."""
+    return detect_fake_mode(list(args)) or FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def forward_mode_active() -> bool:

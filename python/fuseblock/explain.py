@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from . import _conv_engine, dispatch, functional
 from ._engine import choose_engine, layer_dtype
 from ._fused_layer import why_not_fused
-from ._library import plain_eager, state_dtype, wants_gradient
+from ._library import faking, plain_eager, state_dtype, wants_gradient
 from ._ragged import packing
 from ._recompute import LayerWeights
-from .functional import _spectral
+from .functional import _lstm, _spectral
 
 if TYPE_CHECKING:
     from .nn._fused_convolution import Decision
@@ -71,19 +71,40 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
             of their shapes and dtypes.
     """
     if op == "lstm":
-        call = inspect.signature(functional.lstm).bind(*args, **kwargs)
-        call.apply_defaults()
+        call = _bound(op, functional.lstm, args, kwargs)
         return _explain_layer(*call.args, **call.kwargs)
     if op == "block":
-        return _explain_block(*args, **kwargs)
+        call = _bound(op, _explain_block, args, kwargs)
+        return _explain_block(*call.args, **call.kwargs)
     if op == "spectral_norm":
-        return _explain_spectral_norm(_spectral.arguments(*args, **kwargs))
+        call = _bound(op, functional.spectral_norm, args, kwargs)
+        for name in ("weights", "us", "vs"):
+            for n, x in enumerate(call.arguments[name]):
+                _check_tensor(op, f"{name}[{n}]", x)
+        return _explain_spectral_norm(_spectral.arguments(*call.args, **call.kwargs))
     operators = [name for name in dispatch.operators() if hasattr(torch.ops.fuseblock, name)]
     if op not in operators:
         known = ", ".join(("block", "lstm", "spectral_norm", *operators))
         raise ValueError(f"explain: expected one of {known}, got {op!r}")
     _check_arguments(op, args, kwargs)
     return _explain_operator(op, args)
+
+
+def _bound(
+    op: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> inspect.BoundArguments:
+    """The arguments of a function, defaults included."""
+    try:
+        call = inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"explain: {op}: {error}") from None
+    call.apply_defaults()
+    return call
+
+
+def _check_tensor(op: str, name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"explain: {op}: expected {name} as a Tensor, got {type(x).__name__}")
 
 
 def _explain_block(block: torch.nn.Module, input: Tensor) -> Explanation:
@@ -95,8 +116,7 @@ def _explain_block(block: torch.nn.Module, input: Tensor) -> Explanation:
         raise TypeError(
             f"explain: expected block as a Sequential or ResidualBlock2d, got {type(block).__name__}"
         )
-    if not isinstance(input, Tensor):
-        raise TypeError(f"explain: expected input as a Tensor, got {type(input).__name__}")
+    _check_tensor("block", "input", input)
     if not isinstance(block, (Sequential, ResidualBlock2d)):
         return _explain_apart("block", "PyTorch's Sequential runs its modules one by one (`fuse` swaps it)")
     names = {module: name for name, module in block.named_modules()}
@@ -156,15 +176,20 @@ def _check_arguments(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """Raise TypeError unless these are the positional arguments of the operator, and what it raises of their shapes."""
     operator = getattr(torch.ops.fuseblock, op).default
     wanted = operator._schema.arguments
-    fits = not kwargs and len(args) == len(wanted)
-    for argument, given in zip(wanted, args, strict=False):
-        fits &= isinstance(given, Tensor) or not isinstance(argument.type, torch.TensorType)
+    fits = not kwargs
+    try:
+        if fits:
+            with torch.no_grad(), faking(args):
+                operator(*args)
+    except RuntimeError as error:
+        # The schema's errors begin like this; others are the operator's own.
+        fits = not str(error).startswith(f"fuseblock::{op}() ")
+        if fits:
+            raise
     if not fits:
         expected = ", ".join(f"{argument.type} {argument.name}" for argument in wanted)
         got = [type(x).__name__ for x in args] + [f"{k}={type(x).__name__}" for k, x in kwargs.items()]
         raise TypeError(f"explain: {op} expects ({expected}), got ({', '.join(got)})")
-    with torch.no_grad():
-        operator(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
 
 
 def _explain_layer(
@@ -181,6 +206,8 @@ def _explain_layer(
     save_gates: bool,
 ) -> Explanation:
     directions = 2 if bidirectional else 1
+    _check_tensor("lstm", "input", input)
+    _lstm.check(h0, c0, weights, directions, lengths, batch_sizes)
     engine, rule = choose_engine(input, h0, c0, weights, directions, lengths, batch_sizes, save_gates)
     other = "aten" if engine == "ours" else "ours"
     reasons: list[tuple[str, str | None]] = [(engine, None), (other, "not chosen")]

@@ -154,15 +154,7 @@ def lstm(
         ValueError: the numbers of weights and of states do not fit, or both ``lengths`` and ``batch_sizes`` are given.
     """
     directions = 2 if bidirectional else 1
-    count = len(weights)
-    if count == 0 or count % directions:
-        raise ValueError(f"lstm: expected weights for every layer and direction ({directions}), got {count}")
-    if h0 is not None and h0.shape[0] != count:
-        raise ValueError(f"lstm: expected h0 of shape ({count}, B, P), got {tuple(h0.shape)}")
-    if c0 is not None and c0.shape[0] != count:
-        raise ValueError(f"lstm: expected c0 of shape ({count}, B, H), got {tuple(c0.shape)}")
-    if lengths is not None and batch_sizes is not None:
-        raise ValueError("lstm: expected lengths or batch_sizes, got both")
+    check(h0, c0, weights, directions, lengths, batch_sizes)
     dropout = dropout if training and len(weights) > directions else 0.0
     engine, _ = choose_engine(input, h0, c0, weights, directions, lengths, batch_sizes, save_gates)
     if engine == "aten":
@@ -184,6 +176,26 @@ def lstm(
     return _ours_or_one_node(
         input, h0, c0, weights, directions, dropout, lengths, batch_sizes, save_gates=save_gates
     )
+
+
+def check(
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[LayerWeights],
+    directions: int,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> None:
+    """Raise ValueError where the numbers of weights and states do not fit, or both ways to be ragged are given."""
+    count = len(weights)
+    if count == 0 or count % directions:
+        raise ValueError(f"lstm: expected weights for every layer and direction ({directions}), got {count}")
+    if h0 is not None and h0.shape[0] != count:
+        raise ValueError(f"lstm: expected h0 of shape ({count}, B, P), got {tuple(h0.shape)}")
+    if c0 is not None and c0.shape[0] != count:
+        raise ValueError(f"lstm: expected c0 of shape ({count}, B, H), got {tuple(c0.shape)}")
+    if lengths is not None and batch_sizes is not None:
+        raise ValueError("lstm: expected lengths or batch_sizes, got both")
 
 
 def _can_pack(input: Tensor, lengths: Tensor) -> bool:

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.conv import _ConvNd
 
-from .._library import wants_gradient
+from .._library import faking, wants_gradient
 from ._fused_convolution import Decision, before, behind
 from .activation import name_of, unusual
 from .blocks import ResidualBlock2d
@@ -72,7 +71,7 @@ def _result(module: torch.nn.Module, x: Tensor) -> Tensor:
     if hasattr(module, "weight_orig"):  # of which a hook makes the weight, at a call
         module = copy.copy(module)
         vars(module)["weight"] = module.weight_orig
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        y: Tensor = type(module).forward(module, mode.from_tensor(x))
+    with torch.no_grad(), faking((x,)):
+        y: Tensor = type(module).forward(module, x)
     like = torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device)
     return like.requires_grad_(_differentiable(module, x))

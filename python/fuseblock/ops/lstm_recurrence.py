@@ -155,6 +155,20 @@ def check(
             raise ValueError(f"lstm_recurrence: expected {name} on {gx.device}, got {x.device}")
 
 
+def _check_saved(
+    gates: Tensor,
+    c0: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> None:
+    """`check` of what a derivative gets; gates are like gx."""
+    _require(w_hh.dim() == 3, "w_hh", "of shape (D, 4H, P)", tuple(w_hh.shape))
+    h0 = gates.new_empty(*c0.shape[:2], w_hh.shape[2])
+    check(gates, h0, c0, w_hh, w_hr, lengths, batch_sizes)
+
+
 def _check_values(gx: Tensor, c0: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None) -> None:
     """Checks that must read tensors, so only where that costs no device synchronisation (or the debug flag is set)."""
     if lengths is not None and lengths.numel() and (lengths.device.type == "cpu" or CHECK_LENGTHS):
@@ -265,6 +279,7 @@ def _bwd_fake(
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, ...]:
+    _check_saved(gates, c0, w_hh, w_hr, lengths, batch_sizes)
     directions, batch, _ = c0.shape
     proj = w_hh.shape[2]
     dh = gates.new_empty(0) if w_hr is None else gates.new_empty(*gates.shape[:-1], directions * proj)
@@ -321,6 +336,7 @@ def _bwd_bwd_fake(
     batch_sizes: Tensor | None,
     dgx: Tensor,
 ) -> tuple[Tensor, ...]:
+    _check_saved(gates, c0, w_hh, w_hr, lengths, batch_sizes)
     directions, batch, hidden = c0.shape
     proj, lead = w_hh.shape[2], gates.shape[:-1]
     m_bar = gates.new_empty(0) if w_hr is None else gates.new_empty(*lead, directions * hidden)
