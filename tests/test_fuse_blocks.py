@@ -239,3 +239,15 @@ def test_a_norm_with_an_activation_of_its_own_cannot_become_stock() -> None:
     report = fuseblock.unfuse(model, verbose=False)
     assert "no module of its own" in report.skipped[0].outcome
     assert type(model[1]) is nn.BatchNorm2d
+
+
+def test_models_of_blocks_are_unfused_all_over() -> None:
+    critic, images = fuseblock.gan.DCGANDiscriminator(8, width=4), torch.randn(2, 3, 8, 8)
+    want = critic(images)
+    report = fuseblock.unfuse(critic, verbose=False)
+    assert report.skipped == ()
+    ours = [
+        name for name, module in critic.named_modules() if type(module).__module__.startswith("fuseblock.nn")
+    ]
+    assert ours == []
+    torch.testing.assert_close(critic(images), want)

@@ -142,7 +142,8 @@ def unfuse(model: torch.nn.Module, *, verbose: bool = True) -> FuseReport:
     The exact inverse of `fuse`. Modules that were constructed as `fuseblock.nn` ones become stock modules
     as well, since what asks for it (``torch.jit.script``, ONNX export) needs a model without custom
     operators, or looks into modules (``torch.fx``); `fuse` brings them back, a block as a `fuseblock.nn.Sequential`. Left is
-    a norm constructed with an activation that has no module of its own. Arguments, result and errors are those of `fuse`.
+    a norm constructed with an activation that has no module of its own; a subclass of `fuseblock.nn.Sequential` stays one,
+    around stock modules, which it runs as `torch.nn.Sequential` does. Arguments, result and errors are those of `fuse`.
     """
     _check("unfuse", model)
     swapped, skipped = _swap(model, _STOCK | _UNAPPLIED, tuple(_STOCK | _UNAPPLIED))
@@ -169,6 +170,8 @@ def _swap(
     swapped, skipped = [], []
     for name, module in list(model.named_modules()):
         listed = isinstance(module, kinds)
+        if isinstance(module, torch.nn.Sequential):  # of a subclass, the modules in it are listed
+            listed = listed and type(module) in targets
         if targets is _FUSED:
             listed = (listed and type(module) not in _UNAPPLIED) or _is_compiled_lstm(module)
             listed = listed or (type(module) is torch.nn.Sequential and profits(module))
