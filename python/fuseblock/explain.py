@@ -120,8 +120,8 @@ def _explain_block(block: torch.nn.Module, input: Tensor) -> Explanation:
     if not isinstance(block, (Sequential, ResidualBlock2d)):
         return _explain_apart("block", "PyTorch's Sequential runs its modules one by one (`fuse` swaps it)")
     names = {module: name for name, module in block.named_modules()}
-    found = [
-        (names[module], _explain_decision(op, decision))
+    found = [  # a residual block's upsampling has no name
+        (names.get(module, "-"), _explain_decision(op, decision))
         for module, op, decision in decisions(modules_of(block), input)
     ]
     if not found:

@@ -95,6 +95,7 @@ _IMAGES_CPU = (_selected("cpu or threads", _IMAGES),)
 _IMAGES_CUDA = (_selected("cuda", _IMAGES),)
 _CONV_STATS = ("tests/ops/test_conv2d_stats.py", "tests/ops/test_conv_transpose2d_subpixel.py")
 _CONV_ACT, _CONV_BLOCKS = "tests/ops/test_conv2d_act.py", "tests/nn/test_fused_convolution.py"
+_EXPLAIN = "tests/nn/test_explain_block.py"
 _NORM_CONV, _NORM_CONV_BLOCKS = "tests/ops/test_norm_act_conv_bwd.py", "tests/nn/test_norm_convolution.py"
 _CONV_TRITON = (
     _selected("not slow", "tests/ops/test_conv_odd_sizes.py"),
@@ -251,7 +252,9 @@ SOURCES = [
         (_selected("not triton and not all_sizes", _NORM_CONV),),
     ),
     Source("python/fuseblock/_conv_engine.py", "python", ((_CONV_BLOCKS,),)),
-    Source("python/fuseblock/nn/_fused_convolution.py", "python", ((_CONV_BLOCKS, _NORM_CONV_BLOCKS),)),
+    Source(
+        "python/fuseblock/nn/_fused_convolution.py", "python", ((_CONV_BLOCKS, _NORM_CONV_BLOCKS, _EXPLAIN),)
+    ),
     Source("python/fuseblock/_norm_convolution.py", "python", ((_NORM_CONV_BLOCKS,),)),
     Source("kernels/conv2d_stats.py", "triton", _CONV_TRITON),
     Source("kernels/conv_transpose2d_subpixel.py", "triton", _CONV_TRITON),

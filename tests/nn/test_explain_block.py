@@ -117,6 +117,12 @@ def test_ends_where_only_a_call_can_tell() -> None:
     assert [(part.op, part.chosen) for part in told][-1] == ("ResidualBlock2d at 1", "unknown")
     assert [part.op for part in told[:-1]] == ["conv_norm_act", "norm_act_conv at 0.1"]
     assert len(explained(block[:2], x)) == 1
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        told = explained(ResidualBlock2d(4, mode="up").to(DEVICE), x)
+    finally:
+        handle.remove()
+    assert (told[-1].op, told[-1].chosen) == ("Upsample at -", "unknown")
 
 
 def test_raises_what_the_convolution_raises() -> None:
