@@ -46,8 +46,11 @@ class Forced:
 
 
 @contextmanager
-def available(name: str) -> Iterator[Forced]:
-    """Run the operators on backend ``name``, emulated or interpreted where there is no GPU; skip if that is impossible."""
+def available(name: str, family: str | None = None) -> Iterator[Forced]:
+    """Run the operators on backend ``name``, emulated or interpreted where there is no GPU; skip if that is impossible.
+
+    Of CUDA's kernels, those of one family of `emulator.OPERATORS` do where no others are needed.
+    """
     if name == "cpu" and _ext.why_not is not None:
         pytest.skip(_ext.why_not)
     if name == "triton":
@@ -57,9 +60,9 @@ def available(name: str) -> Iterator[Forced]:
 
             install()
     if name == "cuda" and DEVICE == "cpu":
-        from .emulator import load
+        from .emulator import load, load_operators
 
-        with emulating(load()):
+        with emulating(load() if family is None else load_operators(family)):
             yield Forced(name)
         return
     yield Forced(name)
@@ -68,7 +71,8 @@ def available(name: str) -> Iterator[Forced]:
 @contextmanager
 def emulating(kernels: Any) -> Iterator[None]:
     """Put emulated CUDA kernels in the place of the compiled ones."""
-    emulates = [op for op in dispatch.operators() if hasattr(kernels, op) or hasattr(per_step, op)]
+    steps = per_step if hasattr(kernels, "lstm_gates") else None
+    emulates = [op for op in dispatch.operators() if hasattr(kernels, op) or hasattr(steps, op)]
     before = {op: dispatch.candidates(op) for op in emulates}
 
     def emulated(op: str) -> list[dispatch.Candidate]:

@@ -16,6 +16,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,12 @@ FAMILIES = {
     "bias_act": "binding_bias_act.cpp",
     "upfirdn2d": "binding_upfirdn2d.cpp",
 }
+#: The families that need no other, and their operators.
+OPERATORS = {
+    "batch_norm_act": EmulatedBatchNormAct,
+    "bias_act": EmulatedBiasAct,
+    "upfirdn2d": EmulatedUpfirdn2d,
+}
 
 
 @functools.cache
@@ -52,9 +59,9 @@ def load(variant: str | None = None) -> EmulatedCuda:
     """
     variant = variant or os.environ.get("FUSEBLOCK_EMULATOR_VARIANT", "plain")
     with ThreadPoolExecutor() as pool:
-        gates, _, bias_act, images = pool.map(lambda family: load_family(family, variant), FAMILIES)
-    kernels = EmulatedCuda(gates, load_norm(variant), EmulatedBiasAct(bias_act))
-    kernels.upfirdn2d = EmulatedUpfirdn2d(images).upfirdn2d
+        gates, *_ = pool.map(lambda family: load_family(family, variant), FAMILIES)
+    kernels = EmulatedCuda(gates, load_norm(variant), load_operators("bias_act", variant))
+    kernels.upfirdn2d = load_operators("upfirdn2d", variant).upfirdn2d
     kernels.tiers = {tier: load_recurrence(tier, variant) for tier in resident_recurrence.TIERS}
     return kernels
 
@@ -66,10 +73,15 @@ def load_family(family: str, variant: str) -> ModuleType:
 
 
 @functools.cache
+def load_operators(family: str, variant: str | None = None) -> Any:
+    """The operators of one of `OPERATORS` alone; otherwise like `load`."""
+    variant = variant or os.environ.get("FUSEBLOCK_EMULATOR_VARIANT", "plain")
+    return OPERATORS[family](load_family(family, variant))
+
+
 def load_norm(variant: str | None = None) -> EmulatedBatchNormAct:
     """The kernels of batch_norm_act alone; otherwise like `load`."""
-    variant = variant or os.environ.get("FUSEBLOCK_EMULATOR_VARIANT", "plain")
-    return EmulatedBatchNormAct(load_family("batch_norm_act", variant))
+    return load_operators("batch_norm_act", variant)
 
 
 @functools.cache

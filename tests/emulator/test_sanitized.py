@@ -82,6 +82,21 @@ def test_norms(file: str, variant: str, selection: str) -> None:
     run_tests(f"tests/ops/test_batch_norm_act_{file}.py", variant, selection)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("family", "variant", "selection"),
+    [
+        ("bias_act", "asan", "shapes or values"),
+        ("bias_act", "tsan", "shapes and prelu"),
+        ("upfirdn2d", "asan", "values"),
+        ("upfirdn2d", "tsan", "values"),
+    ],
+)
+def test_bias_and_images(family: str, variant: str, selection: str) -> None:
+    run_tests(f"tests/ops/test_{family}.py", variant, f"cuda and ({selection})")
+
+
 def run_tests(file: str, variant: str, selection: str) -> None:
     """Run the selected tests of a file with the kernels built for a sanitizer."""
     # The C++ library must be there when the sanitizer starts, or it cannot follow exceptions.

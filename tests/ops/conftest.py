@@ -11,6 +11,6 @@ from ..backends import NAMES, Forced, available
 
 @pytest.fixture(params=NAMES)
 def forced(request: pytest.FixtureRequest) -> Iterator[Forced]:
-    """The raw operators on each backend in turn."""
-    with available(request.param) as operators:
+    """The raw operators on each backend in turn; a test module may need one FAMILY of emulated kernels only."""
+    with available(request.param, getattr(request.module, "FAMILY", None)) as operators:
         yield operators

@@ -19,6 +19,7 @@ from fuseblock.reference.bias_act import per_channel
 from ..backends import Forced
 from .bounds import Orders, check_orders, poisoned_outputs, state_dtype
 
+FAMILY = "bias_act"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SLOPE, GAIN, CLAMP = 0.2, 1.3, 0.77
 CASES = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,18 +15,13 @@ import fuseblock
 from fuseblock import functional
 
 from .. import emulator
-from ..backends import DEVICE, NAMES, Forced, available
+from ..backends import DEVICE, Forced, available
 from ..emulator.upfirdn2d import EmulatedUpfirdn2d
 from .bounds import error_ratio, poisoned_outputs, relative_error, state_dtype
 
+FAMILY = "upfirdn2d"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = {"rows": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-@pytest.fixture(params=NAMES)
-def forced(request: pytest.FixtureRequest) -> Iterator[Forced]:
-    with available(request.param) as operators:
-        yield operators
 
 
 def run(forced: Forced, x: Tensor, f: Tensor | None, *args: Any, **options: Any) -> Tensor:
