@@ -30,20 +30,18 @@ from ..benchmarks_package import load
 from ..emulator.batch_norm_act import EmulatedBatchNormAct
 from ..emulator.bias_act import EmulatedBiasAct
 from ..emulator.lstm_gates import EmulatedCuda
-from ..emulator.upfirdn2d import EmulatedUpfirdn2d
 from ..traffic import Launch
 
 model, registry = load("model"), load("model_kernels")
 
 #: What runs the emulated kernels of a family.
 EMULATED: dict[str, Callable[[ModuleType], Any]] = {
+    **emulator.OPERATORS,
     "batch_norm_act": lambda module: EmulatedBatchNormAct(module).kernels,
-    "bias_act": EmulatedBiasAct,
-    "upfirdn2d": EmulatedUpfirdn2d,
     "lstm_gates": lambda module: EmulatedCuda(
         module,
-        EmulatedBatchNormAct(emulator.load_family("batch_norm_act", "counted")),
-        EmulatedBiasAct(emulator.load_family("bias_act", "counted")),
+        emulator.load_operators("batch_norm_act", "counted"),
+        emulator.load_operators("bias_act", "counted"),
     ),
 }
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="kernels are counted in emulator and interpreter")
@@ -297,13 +295,20 @@ def test_bias_act(
 
 
 @on("upfirdn2d", slow=("cuda",))
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["first", "last"])
+@pytest.mark.parametrize(
+    ("layout", "width", "after"),
+    [(FIRST, 31, 4), (FIRST, 32, -1), (LAST, 31, 4)],
+    ids=["first", "rows", "last"],
+)
 @pytest.mark.parametrize(("up", "down", "taps"), [(1, 1, 4), (2, 1, 4), (1, 2, 4), (3, 2, 5)])
-def test_upfirdn2d(backend: Backend, up: int, down: int, taps: int, layout: torch.memory_format) -> None:
-    x = torch.randn(2, 5, 33, 31).to(torch.bfloat16, memory_format=layout)
+def test_upfirdn2d(
+    backend: Backend, up: int, down: int, taps: int, layout: torch.memory_format, width: int, after: int
+) -> None:
+    """Rows of whole vectors, too: 32 samples become 32, 64 or 16."""
+    x = torch.randn(2, 5, 33, width).to(torch.bfloat16, memory_format=layout)
     f = torch.rand(taps, taps)
     with backend.count() as launches:
-        y = backend.kernels.upfirdn2d(x, f, up, up, down, down, taps, taps, taps, taps, False, 1.0)
+        y = backend.kernels.upfirdn2d(x, f, up, up, down, down, taps, after, taps, taps, False, 1.0)
     sizes = {"X": x.numel(), "Y": y.numel(), "b": 2, "K": taps * taps, "u": up * up}
     expect(backend, launches, (registry.IMAGES.kernel("upfirdn2d"), sizes))
 
