@@ -110,7 +110,7 @@ def run_tests(file: str, variant: str, selection: str) -> None:
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection]
     done = subprocess.run(
-        [*command, file],
+        [*command, "--capture=sys", file],  # a report that ends the process is seen
         cwd=ROOT,
         env={**os.environ, **settings},
         capture_output=True,
