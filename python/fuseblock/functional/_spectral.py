@@ -60,7 +60,8 @@ def spectral_norm(
     if not weights:
         return ()
     device = weights[0].device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # Not `torch.amp.is_autocast_available`, which dynamo of torch 2.11 does not know; "meta" has no autocast.
+    if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return normalize(*args)
     return normalize(*args)

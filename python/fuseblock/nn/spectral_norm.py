@@ -225,7 +225,7 @@ class BatchedSpectralNorm:
     def _after_model(self, model: torch.nn.Module, args: Any, output: Any) -> None:
         if model is self.model:
             for layer in self.layers:
-                layer.__dict__.pop(self.name, None)
+                self._forget_weight(layer)
 
     def _before_layer(self, layer: torch.nn.Module, args: Any) -> None:
         if self.name in layer.__dict__:
@@ -242,7 +242,12 @@ class BatchedSpectralNorm:
     def _after_layer(self, layer: torch.nn.Module, args: Any, output: Any) -> None:
         if layer in self.alone:
             self.alone.remove(layer)
-            layer.__dict__.pop(self.name, None)
+            self._forget_weight(layer)
+
+    def _forget_weight(self, layer: torch.nn.Module) -> None:
+        # Not `__dict__.pop`, which dynamo of torch 2.11 does not know.
+        if self.name in layer.__dict__:
+            delattr(layer, self.name)
 
     def _translate(self, layer: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the keys of `torch.nn.utils.parametrizations.spectral_norm` as well."""
