@@ -24,21 +24,29 @@ struct RowTap {
   int64_t column, phase, offset;
 };
 
+// The outputs of one phase: their taps, how many they are, and which of them have all taps inside of the input row (first_inside
+// is -1 if none has).
+struct RowPhase {
+  int64_t first_tap, last_tap, pixels, first_inside, last_inside;
+};
+
 // How rows are worked on. With g = gcd(up_x, down_x), outputs j = q up_x/g + r of one output phase r have the same taps, and
 // from q to q + 1 these move by down_x/g input pixels. So input rows are split into down_x/g phases, in which every tap of
-// every output phase is a row of consecutive pixels. Rows of several narrow planes lie side by side in one.
+// every output phase is a row of consecutive pixels. Rows of several narrow planes lie side by side in one. Rows of pixels
+// that fill a vector are not split: `by_pixel`.
 struct Upfirdn2dPlan {
   Upfirdn2d args;
   int64_t phases_in, phases_out;
   const RowTap* taps;                  // of output phase 0, 1, ...
-  const int64_t* phase_taps;           // where each phase begins in `taps`, and the end
+  const RowPhase* phases;
   int64_t first_offset;                // smallest offset: pixel p of a split row is p + first_offset
   int64_t split_pixels;                // pixels of a split row, padding included
   int64_t quotients;                   // pixels of an output phase
-  int64_t chunk, chunks;               // channels that are worked on at a time, so that rows stay in cache; how many times
   int64_t group, groups;               // planes that are worked on at a time; how many times
   int64_t ring_rows;                   // input rows that one output row may need
-  int64_t line, whole_line;            // elements of a split row and of one that is not split, of a group and chunk
+  int64_t line, whole_line;            // elements of a row in the ring, of all planes of a group, and of one beside it
+  bool by_pixel;                       // upfirdn2d_pixels.h, not upfirdn2d_kernels.h
+  const void *row_factor = nullptr, *column_factor = nullptr;  // w[k, l] = column[k] row[l], where by_pixel uses that
   int64_t scratch_bytes;               // memory that a thread needs
 };
 

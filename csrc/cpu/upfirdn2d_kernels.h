@@ -1,4 +1,4 @@
-// upfirdn2d on a range of output rows; see upfirdn2d.h.
+// upfirdn2d on a range of output rows; see upfirdn2d.h. Where pixels fill a vector: upfirdn2d_pixels.h.
 //
 // A ring holds the input rows that the current output row needs, widened, split into phases and padded with zeros, so that
 // every product of the filter is a row of consecutive elements times a scalar. Reads each input row once per thread and
@@ -7,6 +7,7 @@
 
 #include "simd.h"
 #include "upfirdn2d.h"
+#include "upfirdn2d_pixels.h"
 
 namespace fuseblock::FB_ISA {
 
@@ -25,7 +26,7 @@ struct Upfirdn2dRows {
   C* weight;                 // of the current output row and phase: product t is source[t][i] * weight[t]
   int64_t* row_in_slot;
   const C** source;
-  int64_t plane = -1, count = 0, channel = 0, width = 0;  // current planes and channels: the first, and how many
+  int64_t plane = -1, count = 0;  // current planes: the first, and how many
 
   Upfirdn2dRows(const Upfirdn2dPlan& p, void* scratch) : plan(p), a(p.args) {
     ring = static_cast<C*>(scratch);
@@ -35,19 +36,15 @@ struct Upfirdn2dRows {
     row_in_slot = reinterpret_cast<int64_t*>(whole_out + p.whole_line);
     source = reinterpret_cast<const C**>(row_in_slot + p.ring_rows);
     weight = reinterpret_cast<C*>(source + p.ring_rows * a.taps_x);
+    // Zeros stay beside the pixels of every row.
+    __builtin_memset(ring, 0, (size_t)(p.ring_rows * p.phases_in * p.line) * sizeof(C));
     __builtin_memset(whole_in, 0, (size_t)p.whole_line * sizeof(C));
   }
 
-  // Starts a group of planes and a chunk of channels. The zeros beside the pixels are the same for all of one width.
+  // Starts a group of planes.
   void start(int64_t index) {
-    plane = index / plan.chunks * plan.group;
+    plane = index * plan.group;
     count = a.planes - plane < plan.group ? a.planes - plane : plan.group;
-    channel = index % plan.chunks * plan.chunk;
-    const int64_t left = a.channels - channel, wide = left < plan.chunk ? left : plan.chunk;
-    if (wide != width) {
-      width = wide;
-      __builtin_memset(ring, 0, (size_t)(plan.ring_rows * plan.phases_in * plan.line) * sizeof(C));
-    }
     for (int64_t slot = 0; slot < plan.ring_rows; ++slot) row_in_slot[slot] = -1;
   }
 
@@ -75,7 +72,7 @@ struct Upfirdn2dRows {
   // Puts an input row into its slot of the ring.
   void prepare(int64_t row) {
     C* const slot = ring + row % plan.ring_rows * plan.phases_in * plan.line;
-    const S* const pixels = static_cast<const S*>(a.x) + (plane * a.in_h + row) * a.in_w * a.channels + channel;
+    const S* const pixels = static_cast<const S*>(a.x) + (plane * a.in_h + row) * a.in_w * a.channels;
     const int64_t step = plan.phases_in, begin = plan.first_offset * step;
     int64_t first, last;
     columns_held(first, last);
@@ -85,12 +82,12 @@ struct Upfirdn2dRows {
         widen_row(pixels + p * a.in_h * a.in_w + first, held + p * plan.split_pixels * step + first - begin, last - first);
       }
       if (step > 1) split(whole_in, slot, count * plan.split_pixels);
-    } else if (step == 1 && width == a.channels) {
-      widen_row(pixels + first * width, slot + (first - begin) * width, (last - first) * width);
+    } else if (step == 1) {
+      widen_row(pixels + first * a.channels, slot + (first - begin) * a.channels, (last - first) * a.channels);
     } else {
       for (int64_t j = first; j < last; ++j) {
         const int64_t at = j - begin;
-        widen_row(pixels + j * a.channels, slot + at % step * plan.line + at / step * width, width);
+        widen_row(pixels + j * a.channels, slot + at % step * plan.line + at / step * a.channels, a.channels);
       }
     }
   }
@@ -150,30 +147,24 @@ struct Upfirdn2dRows {
   }
 
   void row(int64_t out_row) {
-    // Taps k of this row: (out_row down_y + k - pad_y) is a multiple of up_y and inside of the image.
-    const int64_t place = out_row * a.down_y - a.pad_y;
-    int64_t first_tap = (-place) % a.up_y;
-    if (first_tap < 0) first_tap += a.up_y;
     const C* const filter = static_cast<const C*>(a.weights);
-    S* const to = static_cast<S*>(a.y) + (plane * a.out_h + out_row) * a.out_w * a.channels + channel;
-    const bool direct = plan.phases_out == 1 && plan.group == 1 && width == a.channels;
+    S* const to = static_cast<S*>(a.y) + (plane * a.out_h + out_row) * a.out_w * a.channels;
+    const bool direct = plan.phases_out == 1 && plan.group == 1;
     for (int64_t phase = 0; phase < plan.phases_out; ++phase) {
       int64_t products = 0;
-      for (int64_t k = first_tap; k < a.taps_y; k += a.up_y) {
-        const int64_t in_row = (place + k) / a.up_y;
-        if (place + k < 0 || in_row >= a.in_h) continue;
+      for_row_taps(a, out_row, [&](int64_t k, int64_t in_row) {
         const int64_t slot = in_row % plan.ring_rows;
         if (row_in_slot[slot] != in_row) {
           prepare(in_row);
           row_in_slot[slot] = in_row;
         }
-        for (int64_t t = plan.phase_taps[phase]; t < plan.phase_taps[phase + 1]; ++t) {
+        for (int64_t t = plan.phases[phase].first_tap; t < plan.phases[phase].last_tap; ++t) {
           const RowTap& tap = plan.taps[t];
-          source[products] = ring + (slot * plan.phases_in + tap.phase) * plan.line + (tap.offset - plan.first_offset) * width;
+          source[products] = ring + (slot * plan.phases_in + tap.phase) * plan.line + (tap.offset - plan.first_offset) * a.channels;
           weight[products++] = filter[k * a.taps_x + tap.column];
         }
-      }
-      const int64_t elements = ((count - 1) * plan.split_pixels + plan.quotients) * width;
+      });
+      const int64_t elements = ((count - 1) * plan.split_pixels + plan.quotients) * a.channels;
       if (direct) sum_row(products, elements, to);
       else sum_row(products, elements, split_out + phase * plan.line);
     }
@@ -185,7 +176,7 @@ struct Upfirdn2dRows {
     const int64_t step = plan.phases_out;
     if (a.channels > 1) {
       for (int64_t j = 0; j < a.out_w; ++j) {
-        narrow_row(split_out + j % step * plan.line + j / step * width, to + j * a.channels, width);
+        narrow_row(split_out + j % step * plan.line + j / step * a.channels, to + j * a.channels, a.channels);
       }
       return;
     }
@@ -210,15 +201,18 @@ struct Upfirdn2dRows {
   }
 };
 
-// Output rows [begin, end), counted over groups of planes and chunks of channels.
+// Output rows [begin, end), counted over groups of planes.
 template <class S>
 void upfirdn2d_rows(const Upfirdn2dPlan& plan, int64_t begin, int64_t end, void* scratch) {
-  Upfirdn2dRows<S> rows(plan, scratch);
-  const int64_t out_h = plan.args.out_h;
-  for (int64_t r = begin; r < end; ++r) {
-    if (r == begin || r % out_h == 0) rows.start(r / out_h);
-    rows.row(r % out_h);
-  }
+  const auto run = [&](auto rows) {
+    const int64_t out_h = plan.args.out_h;
+    for (int64_t r = begin; r < end; ++r) {
+      if (r == begin || r % out_h == 0) rows.start(r / out_h);
+      rows.row(r % out_h);
+    }
+  };
+  if (plan.by_pixel) run(Upfirdn2dPixels<S>(plan, scratch));
+  else run(Upfirdn2dRows<S>(plan, scratch));
 }
 
 }  // namespace fuseblock::FB_ISA

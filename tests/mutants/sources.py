@@ -91,7 +91,7 @@ _NORM_CPU = (
 )
 
 _IMAGES = "tests/ops/test_upfirdn2d.py"
-_IMAGES_CPU = (_selected("cpu or threads", _IMAGES),)
+_IMAGES_CPU = (_selected("cpu or threads", _IMAGES), ("tests/ops/test_upfirdn2d_pixels.py",))
 _IMAGES_CUDA = (_selected("cuda", _IMAGES),)
 _CONV_STATS = ("tests/ops/test_conv2d_stats.py", "tests/ops/test_conv_transpose2d_subpixel.py")
 _CONV_ACT, _CONV_BLOCKS = "tests/ops/test_conv2d_act.py", "tests/nn/test_fused_convolution.py"
@@ -235,6 +235,7 @@ SOURCES = [
     Source("kernels/lstm_recurrence_step.py", "triton", _FUSED_STEP),
     Source("python/fuseblock/launch/triton_lstm_recurrence_step.py", "python", _FUSED_STEP),
     Source("csrc/cpu/upfirdn2d_kernels.h", "cpu", _IMAGES_CPU),
+    Source("csrc/cpu/upfirdn2d_pixels.h", "cpu", _IMAGES_CPU),
     Source("csrc/cpu/upfirdn2d.cpp", "cpu", _IMAGES_CPU),
     Source("csrc/cuda/upfirdn2d.cuh", "emulator", _IMAGES_CUDA),
     Source("csrc/cuda/upfirdn2d.cu", "emulator", _IMAGES_CUDA),

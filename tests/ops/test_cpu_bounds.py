@@ -105,3 +105,19 @@ def test_gates(dtype: torch.dtype, end: bool) -> None:
         "lstm_gates_bwd_bwd": (v, c, dh, c, gates, c),
     }.items():
         assert all(map(torch.equal, getattr(ours, op)(*args), getattr(plain, op)(*args)))
+
+
+@ends
+@dtypes
+@pytest.mark.parametrize("channels", [1, 3, 16, 19, 50])
+def test_filtered_images(channels: int, dtype: torch.dtype, end: bool) -> None:
+    taps = torch.randn(4, 4, dtype=torch.promote_types(dtype, torch.float32))
+    x = torch.randn(2, 5, 7, channels).to(dtype)
+    run = torch.ops.fuseblock_cpu.upfirdn2d
+    for f in (taps, torch.outer(taps[0], taps[1])):
+        for up, down in ((1, 1), (2, 1), (1, 2)):
+            args = (up, up, down, down, 2, 1, 2, 1, False, 1.0)
+            got, want = (
+                run(y.permute(0, 3, 1, 2), w, *args) for y, w in ((fenced(x, end), fenced(f, end)), (x, f))
+            )
+            assert torch.equal(got, want)

@@ -128,7 +128,7 @@ def test_values(forced: Forced, case: str, layout: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "taps"),
     [((1, 130, 13, 3), 12), ((1, 1, 3, 300), 4), ((2, 70, 3, 40), 4)],
-    ids=["chunks", "wide", "groups"],
+    ids=["channels", "wide", "groups"],
 )
 def test_parts_of_large_images_on_a_cpu(shape: tuple[int, ...], taps: int) -> None:
     with available("cpu") as cpu:
