@@ -141,7 +141,11 @@ SOURCES = [
         )
     ),
     Source("kernels/spectral_norm.py", "triton", (_selected("triton", "tests/test_spectral_norm.py"),)),
-    Source("python/fuseblock/nn/spectral_norm.py", "python", (("tests/nn/test_spectral_norm.py",),)),
+    Source(
+        "python/fuseblock/nn/spectral_norm.py",
+        "python",
+        (("tests/nn/test_spectral_norm.py",), ("tests/nn/test_spectral_norm_devices.py",)),
+    ),
     Source("csrc/math/activations.h", "cpu", _CPU_GATES),
     Source("csrc/cpu/gates_kernels.h", "cpu", _CPU_GATES + _CPU_RECURRENCE),
     Source("csrc/cpu/recurrence_fwd.h", "cpu", _CPU_RECURRENCE, _THREADS),
