@@ -125,7 +125,7 @@ def test_fullgraph_without_the_call_raises() -> None:
 def test_packed_sequences() -> None:
     """Their number of rows depends on data: a graph break, and right results."""
     fuseblock.enable_compile()
-    lstm = fuseblock.nn.LSTM(4, 6, 2, bidirectional=True)
+    lstm = fuseblock.nn.LSTM(4, 6, bidirectional=True)
     compiled = torch.compile(lstm, backend="aot_eager")
     x = torch.randn(5, 3, 4)
     for lengths in ([5, 2, 4], [3, 5, 1]):
